@@ -1,0 +1,72 @@
+"""Blocks by name: what `graft(..., block="<name>")`, YAML files and the contract tests go by.
+
+A name is a class and the options that make it a published form; a form is data, not a class of its own.
+"""
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from sagan_attn.blocks.context import GlobalContext2d
+from sagan_attn.blocks.sagan import SelfAttention2d
+from sagan_attn.errors import BlockError
+
+BlockFactory = Callable[..., nn.Module]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A named block: a factory that takes the channels first, and the options the name stands for."""
+
+    factory: BlockFactory
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+FORMS: dict[str, Form] = {
+    "sagan": Form(SelfAttention2d),
+    "context-max": Form(GlobalContext2d, {"reduce": "max"}),
+    "context-mean": Form(GlobalContext2d, {"reduce": "mean"}),
+}
+
+
+def block_names() -> list[str]:
+    """The registered names."""
+    return list(FORMS)
+
+
+def get_form(name: str) -> Form:
+    """The form of that name. Raises `BlockError` with near names for an unknown one."""
+    if name not in FORMS:
+        near = difflib.get_close_matches(name, FORMS) or list(FORMS)
+        raise BlockError(
+            f"unknown block {name!r}; did you mean {' or '.join(near)}? (all: {', '.join(FORMS)})"
+        )
+    return FORMS[name]
+
+
+def create_block(name: str, channels: int, **options: Any) -> nn.Module:
+    """The block of that name for maps with so many channels; options override those of the name.
+
+    Raises:
+        BlockError: an unknown name, an option the block does not have, or one it refuses.
+    """
+    form = get_form(name)
+    check_options(name, form.factory, options)
+    return form.factory(channels, **{**form.options, **options})
+
+
+def check_options(name: str, factory: BlockFactory, options: Mapping[str, Any]) -> None:
+    """Raise `BlockError` for options that the factory's signature does not have, naming those it has."""
+    parameters = list(inspect.signature(factory).parameters.values())
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return
+    valid = [p.name for p in parameters[1:] if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    unknown = [option for option in options if option not in valid]
+    if unknown:
+        raise BlockError(
+            f"block {name!r} has no option {', '.join(map(repr, unknown))}; it has {', '.join(valid) or 'none'}"
+        )

@@ -1,0 +1,106 @@
+"""Making a block for a place: from its name, class or factory, seeded, and checked."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from sagan_attn.blocks.gate import Gated
+from sagan_attn.blocks.registry import check_options, create_block, get_form
+from sagan_attn.errors import BlockError, GraftError
+
+__all__ = ["BlockLike", "build_block", "check_identity", "default_name"]
+
+BlockLike = str | Callable[..., nn.Module]
+
+
+def build_block(
+    block: BlockLike,
+    channels: int,
+    options: Mapping[str, Any],
+    *,
+    seed: int,
+    gate: bool = False,
+    device: torch.device | None = None,
+) -> nn.Module:
+    """A new block in float32, whose initial weights depend on `seed` alone.
+
+    Built on the CPU (or on `device` "meta", without weights), whatever the default device and dtype; the global
+    random state is put back.
+
+    Raises:
+        BlockError: an unknown name or option, a factory that refuses its arguments or makes no module.
+    """
+    default_dtype = torch.get_default_dtype()
+    with torch.random.fork_rng(devices=[]), device or torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed CUDA as well
+        torch.set_default_dtype(torch.float32)
+        try:
+            if isinstance(block, str):
+                module = create_block(block, channels, **options)
+            else:
+                check_options(default_name(block), block, options)
+                module = block(channels, **options)
+        finally:
+            torch.set_default_dtype(default_dtype)
+        if not isinstance(module, nn.Module):
+            raise BlockError(f"block factory {block!r} made a {type(module).__name__}, not a torch.nn.Module")
+        return Gated(module) if gate else module
+
+
+def derive_seed(seed: int, *words: str) -> int:
+    """A seed for one block, so that blocks at different places differ and none depends on which others there are."""
+    digest = hashlib.sha256(":".join([str(seed), *words]).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def check_block(block: BlockLike, options: Mapping[str, Any]) -> None:
+    """Raise `BlockError` for an unknown name, an unknown option, or something that cannot make a block."""
+    if isinstance(block, str):
+        check_options(block, get_form(block).factory, options)
+    elif callable(block) and not isinstance(block, nn.Module):
+        check_options(default_name(block), block, options)
+    else:
+        raise BlockError(
+            f"block ({block!r}) must be a registered name, a class or a factory (channels) -> Module"
+        )
+
+
+def check_identity(block: nn.Module, channels: int, height: int, width: int, must_be_identity: bool) -> None:
+    """Try a block of the user's own on a random map [2, channels, height, width], in eval mode.
+
+    Raises:
+        GraftError: it does not keep shape and dtype, or it must start as the identity and does not.
+    """
+    modes = [(module, module.training) for module in block.modules()]
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(0)
+        x = torch.randn(2, channels, height, width)
+        try:
+            y = block.eval()(x)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+    found = f"{tuple(y.shape)} {y.dtype}" if isinstance(y, torch.Tensor) else f"a {type(y).__name__}"
+    if not isinstance(y, torch.Tensor) or y.shape != x.shape or y.dtype != x.dtype:
+        raise GraftError(
+            f"block {_class(block)} does not keep the shape of its input: {tuple(x.shape)} gave {found}"
+        )
+    if must_be_identity and not torch.equal(x, y):
+        raise GraftError(
+            f"block {_class(block)} does not start as the identity, so it would change what the model knows; pass "
+            "gate=True to wrap it as x + gamma * (block(x) - x), or gate=False to put it in as it is"
+        )
+
+
+def default_name(block: BlockLike) -> str:
+    """A module name for a graft of that block: the registered name, or that of the class or factory."""
+    name = block if isinstance(block, str) else getattr(block, "__name__", type(block).__name__)
+    name = "".join(letter if letter.isalnum() else "_" for letter in name).strip("_").lower()
+    return name if name and name != "lambda" else "block"
+
+
+def _class(block: nn.Module) -> str:
+    return type(block.block if isinstance(block, Gated) else block).__name__

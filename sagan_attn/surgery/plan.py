@@ -1,0 +1,200 @@
+"""What a call of `graft` would do, built and checked in full before anything is touched."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from re import Pattern
+from typing import Any
+
+import torch
+from torch import nn
+
+from sagan_attn.errors import GraftError
+from sagan_attn.surgery.build import (
+    BlockLike,
+    build_block,
+    check_block,
+    check_identity,
+    default_name,
+    derive_seed,
+)
+from sagan_attn.surgery.point import CHILD, GraftPoint
+from sagan_attn.surgery.probe import default_example, map_size, probe
+from sagan_attn.surgery.select import At, anchor_of, select
+from sagan_attn.surgery.sites import Maps, maps_of
+
+__all__ = ["Insertion", "make_plan"]
+
+AtMapping = Mapping[str | Pattern[str] | tuple[str, ...], BlockLike | Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One block at one place, as asked for."""
+
+    site: str
+    block: BlockLike
+    name: str
+    gate: bool | None
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """One block, made and checked, and where it goes."""
+
+    name: str
+    site: str
+    anchor_name: str
+    anchor: nn.Module
+    layout: str
+    block: nn.Module
+
+
+def make_plan(
+    model: nn.Module,
+    at: "At | AtMapping",
+    block: BlockLike,
+    *,
+    name: str | None,
+    gate: bool | None,
+    example_input: Any,
+    seed: int,
+    options: Mapping[str, Any] | None,
+) -> list[Insertion]:
+    """The insertions that `graft` with these arguments makes. Raises what `graft` raises; changes nothing."""
+    requests = _requests(model, at, block, name, gate, options)
+    anchors = {request.site: anchor_of(model, request.site) for request in requests}
+    for request in requests:
+        _check_place(model, request, *anchors[request.site])
+    _check_distinct(requests, anchors)
+    if example_input is None:
+        example_input = _worked_out_example(model, anchors)
+    firings = probe(model, example_input, {site: anchor for site, (_, anchor) in anchors.items()})
+    size = map_size(example_input)
+    maps = {site: maps_of(site, firing, size) for site, firing in firings.items()}
+    return [
+        _insertion(model, request, *anchors[request.site], maps[request.site], seed) for request in requests
+    ]
+
+
+def _requests(
+    model: nn.Module,
+    at: "At | AtMapping",
+    block: BlockLike,
+    name: str | None,
+    gate: bool | None,
+    options: Mapping[str, Any] | None,
+) -> list[Request]:
+    """Each place with its block and options, in order; blocks, options and names checked."""
+    if isinstance(at, Mapping):
+        if options:
+            raise GraftError(
+                "options do not go with a mapping: put them beside the block, {site: {'block': ..., ...}}"
+            )
+        if not at:
+            raise GraftError("at is an empty mapping: name at least one module")
+        entries = [(list(key) if isinstance(key, tuple) else key, value) for key, value in at.items()]
+    else:
+        entries = [(at, {"block": block, **(options or {})})]
+    requests = []
+    for where, value in entries:
+        own = dict(value) if isinstance(value, Mapping) else {"block": value}
+        own_block = own.pop("block", block)
+        own_gate, own_name = own.pop("gate", gate), own.pop("name", name)
+        check_block(own_block, own)
+        graft_name = default_name(own_block) if own_name is None else own_name
+        if (
+            not isinstance(graft_name, str)
+            or not graft_name.isidentifier()
+            or hasattr(GraftPoint("NCHW"), graft_name)
+        ):
+            raise GraftError(
+                f"name ({graft_name!r}) must be an identifier that torch.nn.Module does not use itself"
+            )
+        requests += [Request(site, own_block, graft_name, own_gate, own) for site in select(model, where)]
+    return requests
+
+
+def _check_place(model: nn.Module, request: Request, anchor_name: str, anchor: nn.Module) -> None:
+    point = anchor._modules.get(CHILD)
+    if hasattr(anchor, CHILD) and not isinstance(point, GraftPoint):
+        raise GraftError(
+            f"module {anchor_name!r} has an attribute {CHILD!r} of its own, the name grafts are kept under"
+        )
+    if isinstance(point, GraftPoint) and request.name in point._modules:
+        raise GraftError(
+            f"site {request.site!r} already has a graft named {request.name!r} (at module {anchor_name!r}); "
+            "pass another name= for a second one"
+        )
+    parts = anchor_name.split(".")
+    for length in range(len(parts) + 1):
+        path = ".".join(parts[:length])
+        module = model.get_submodule(path)
+        if _is_compiled(module):
+            raise GraftError(
+                f"{path or 'the model'!r} is compiled and would ignore a graft: graft first, then compile"
+            )
+        if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            raise GraftError(
+                f"{path or 'the model'!r} is wrapped in {type(module).__name__}, which would not train a graft: graft "
+                "first, then wrap"
+            )
+
+
+def _check_distinct(requests: list[Request], anchors: Mapping[str, tuple[str, nn.Module]]) -> None:
+    seen: dict[tuple[int, str], str] = {}
+    for request in requests:
+        anchor_name, anchor = anchors[request.site]
+        other = seen.setdefault((id(anchor), request.name), request.site)
+        if other != request.site:
+            raise GraftError(
+                f"{other!r} and {request.site!r} are the same place ({anchor_name!r}): a second graft named "
+                f"{request.name!r} there needs another name"
+            )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    if module._compiled_call_impl is not None or isinstance(module, torch.jit.ScriptModule):
+        return True
+    dynamo = sys.modules.get(
+        "torch._dynamo"
+    )  # not imported: nothing can be compiled, and importing it is slow
+    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+
+
+def _worked_out_example(model: nn.Module, anchors: Mapping[str, tuple[str, nn.Module]]) -> Any:
+    """An input for a model that came without one, known to pass through it."""
+    example_input = default_example(model)
+    try:
+        probe(model, example_input, {})
+    except Exception as error:  # whatever a model may raise on an input it is not made for
+        raise GraftError(
+            f"the channels at {', '.join(anchors)} cannot be worked out: {type(model).__name__} does not take an input "
+            f"of shape {tuple(example_input.shape)} ({error}); pass example_input"
+        ) from error
+    return example_input
+
+
+def _insertion(
+    model: nn.Module, request: Request, anchor_name: str, anchor: nn.Module, maps: Maps, seed: int
+) -> Insertion:
+    block = build_block(
+        request.block,
+        maps.channels,
+        request.options,
+        seed=derive_seed(seed, request.site, request.name),
+        gate=bool(request.gate),
+    )
+    if not isinstance(request.block, str):
+        _, height, width = maps.sizes[0]
+        check_identity(block, maps.channels, height, width, must_be_identity=request.gate is None)
+    like = next((t for m in (anchor, model) for t in _tensors(m) if t.is_floating_point()), None)
+    if like is not None:
+        block = block.to(like.device, like.dtype)
+    block.train(anchor.training)
+    return Insertion(request.name, request.site, anchor_name, anchor, maps.layout, block)
+
+
+def _tensors(module: nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]

@@ -1,0 +1,117 @@
+"""What really happens in a forward pass: which modules fire, and what maps they put out."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from sagan_attn.errors import GraftError
+
+__all__ = ["Firing", "default_example", "probe", "quiet"]
+
+
+@dataclass
+class Firing:
+    """The outputs of one module over a forward pass: their shapes, or what they are when they are no float tensor."""
+
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+
+    @property
+    def calls(self) -> int:
+        return len(self.shapes) + len(self.others)
+
+
+def probe(model: nn.Module, example_input: Any, modules: Mapping[str, nn.Module]) -> dict[str, Firing]:
+    """Run the model once and record what each of `modules` puts out.
+
+    The pass is in eval mode, without gradients and with the random state put back, so batch-norm statistics, modes
+    and generators are as before. A tuple is passed as positional arguments, a dict as keyword arguments, anything
+    else as the one argument; tensors go to the device and floating dtype of the model's parameters.
+
+    Raises whatever the model raises on that input, with a note that says so.
+    """
+    firings = {name: Firing() for name in modules}
+    handles = [module.register_forward_hook(_recorder(firings[name])) for name, module in modules.items()]
+    example_input = _like_parameters(model, example_input)
+    try:
+        with quiet(model):
+            if isinstance(example_input, tuple):
+                model(*example_input)
+            elif isinstance(example_input, dict):
+                model(**example_input)
+            else:
+                model(example_input)
+    except Exception as error:
+        error.add_note("raised by the model itself on example_input, while looking for its feature maps")
+        raise
+    finally:
+        for handle in handles:
+            handle.remove()
+    return firings
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, and modes and random state restored at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=[d.index for d in devices]), torch.no_grad():
+        try:
+            for module, _ in modes:
+                module.training = False
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+
+def default_example(model: nn.Module) -> Tensor:
+    """An input for a model that came without one, from timm's input size or the first convolution's channels.
+
+    Raises `GraftError` when the model has neither.
+    """
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    if isinstance(config, Mapping) and "input_size" in config:
+        return torch.zeros(1, *config["input_size"])
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            return torch.zeros(1, module.in_channels, 224, 224)
+    raise GraftError(f"no input size can be worked out for {type(model).__name__}: pass example_input")
+
+
+def map_size(example_input: Any) -> tuple[int, int] | None:
+    """Height and width of the first image in an input, None if there is none."""
+    for leaf in pytree.tree_leaves(example_input):
+        if isinstance(leaf, Tensor) and leaf.dim() >= 3:
+            return leaf.shape[-2], leaf.shape[-1]
+    return None
+
+
+def _recorder(firing: Firing) -> Any:
+    def record(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.is_floating_point():
+            firing.shapes.append(tuple(output.shape))
+        elif isinstance(output, Tensor):
+            firing.others.append(f"a tensor of {output.dtype}")
+        else:
+            firing.others.append(f"a {type(output).__name__}")
+
+    return record
+
+
+def _like_parameters(model: nn.Module, example_input: Any) -> Any:
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if parameter is None:
+        return example_input
+
+    def move(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.to(parameter.device, parameter.dtype if leaf.is_floating_point() else leaf.dtype)
+
+    return pytree.tree_map(move, example_input)

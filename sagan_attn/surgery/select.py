@@ -1,0 +1,87 @@
+"""Which modules of a model a user's words mean."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from sagan_attn.errors import GraftError
+from sagan_attn.surgery.point import GraftPoint
+
+__all__ = ["At", "anchor_of", "host_names", "select"]
+
+At = str | re.Pattern[str] | Sequence["str | re.Pattern[str]"]
+
+
+def host_names(model: nn.Module) -> list[str]:
+    """Names of the model's modules, without the root and without what was grafted. A module under two names has both."""
+    names = []
+    inside = ()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, GraftPoint):
+            inside += (name + ".",)
+        elif name and not name.startswith(inside):
+            names.append(name)
+    return names
+
+
+def select(model: nn.Module, at: At) -> list[str]:
+    """The module names that `at` means, in the order of the model for patterns and of the list for lists.
+
+    A plain name is that module alone. In a glob (`*`, `?`, `[...]`) no part crosses a dot: "layer*.0" is the first
+    child of each layer; `**` stands for any number of parts. A compiled regex must match the whole name.
+
+    Raises:
+        GraftError: nothing matched; the message lists near names.
+    """
+    if isinstance(at, Sequence) and not isinstance(at, str):
+        if not at:
+            raise GraftError("at is an empty list: name at least one module")
+        return list(dict.fromkeys(name for part in at for name in select(model, part)))
+    names = host_names(model)
+    if isinstance(at, re.Pattern):
+        found = [name for name in names if at.fullmatch(name)]
+        shown = f"regex {at.pattern!r}"
+    elif isinstance(at, str) and any(mark in at for mark in "*?["):
+        found = [name for name in names if _matches(name.split("."), at.split("."))]
+        shown = f"pattern {at!r}"
+    elif isinstance(at, str):
+        found = [at] if at in names else []
+        shown = f"name {at!r}"
+    else:
+        raise GraftError(
+            f"at ({at!r}) must be a module name, a glob, a compiled regex, a list of them or a mapping"
+        )
+    if not found:
+        word = at if isinstance(at, str) else at.pattern
+        near = difflib.get_close_matches(word, names, n=5, cutoff=0.5) or names[:5]
+        raise GraftError(
+            f"no module of {type(model).__name__} matches the {shown}; near names: {', '.join(near)}"
+        )
+    return found
+
+
+def anchor_of(model: nn.Module, name: str) -> tuple[str, nn.Module]:
+    """Name and module that a hook for site `name` belongs on: the last module inside it that is no plain Sequential.
+
+    Under gradient checkpointing and in feature extractors the children of a Sequential are called without it, so a
+    hook on the Sequential itself would be skipped. Its last child puts out what it puts out.
+    """
+    module = model.get_submodule(name)
+    while type(module).forward is nn.Sequential.forward:
+        inner = [(n, m) for n, m in module.named_children() if not isinstance(m, GraftPoint)]
+        if not inner:
+            break
+        last, module = inner[-1]
+        name = f"{name}.{last}" if name else last
+    return name, module
+
+
+def _matches(name: list[str], pattern: list[str]) -> bool:
+    if not pattern:
+        return not name
+    if pattern[0] == "**":
+        return any(_matches(name[i:], pattern[1:]) for i in range(len(name) + 1))
+    return bool(name) and fnmatchcase(name[0], pattern[0]) and _matches(name[1:], pattern[1:])

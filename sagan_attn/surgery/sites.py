@@ -1,0 +1,169 @@
+"""The places of a model where a block can go, and what one would cost there."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from sagan_attn.errors import GraftError
+from sagan_attn.surgery.build import BlockLike, build_block
+from sagan_attn.surgery.probe import Firing, default_example, map_size, probe, quiet
+from sagan_attn.surgery.select import anchor_of, host_names
+
+__all__ = ["Maps", "Site", "maps_of", "sites"]
+
+Layout = Literal["NCHW", "NHWC"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where a block can go, as seen in one forward pass of the example.
+
+    Args:
+        name: the module whose output the block would take.
+        channels, height, width: of its map; the first one's size if it fires several times.
+        layout: "NCHW" or "NHWC", that of the module's output.
+        calls: how often the module fires in a forward pass.
+        parameters: number of parameters of the block there.
+        flops: of the block in that forward pass; a multiply-add counts as 2.
+        map_bytes: of the block's float32 attention weights for the largest of its maps if they are materialised;
+            None for a block without attention weights.
+    """
+
+    name: str
+    channels: int
+    height: int
+    width: int
+    layout: Layout
+    calls: int
+    parameters: int
+    flops: int
+    map_bytes: int | None
+
+    def __str__(self) -> str:
+        size = f"{self.channels} x {self.height} x {self.width}"
+        weights = "" if self.map_bytes is None else f"  weights {self.map_bytes / 1e6:.2f} MB"
+        calls = "" if self.calls == 1 else f"  {self.calls} calls"
+        return (
+            f"{self.name:<32} {size:<16} {self.layout}  +{self.parameters:,} parameters  "
+            f"{self.flops / 1e6:.1f} MFLOPs{weights}{calls}"
+        )
+
+
+@dataclass(frozen=True)
+class Maps:
+    """The maps one module puts out: channels, layout, and batch, height and width of each."""
+
+    channels: int
+    layout: Layout
+    sizes: tuple[tuple[int, int, int], ...]
+
+
+def sites(
+    model: nn.Module,
+    example_input: Any = None,
+    *,
+    block: BlockLike = "sagan",
+    options: Mapping[str, Any] | None = None,
+) -> list[Site]:
+    """Every place of the model where `graft` would put the block, in the order of `named_modules`.
+
+    Two names can mean one place: a stage and its last layer. The model is run once, in eval mode, and left as it
+    was. `example_input` is as in `graft`.
+
+    Raises:
+        GraftError: no example_input, and none can be worked out.
+        BlockError: an unknown block or option.
+    """
+    if example_input is None:
+        example_input = default_example(model)
+    anchors = {name: anchor_of(model, name)[1] for name in host_names(model)}
+    firings = probe(model, example_input, anchors)
+    costs: dict[Maps, tuple[int, int, int | None] | None] = {}
+    found = []
+    for name, firing in firings.items():
+        try:
+            maps = maps_of(name, firing, map_size(example_input))
+        except GraftError:
+            continue  # not a place for a block; `graft` says why when asked for it by name
+        if maps not in costs:
+            costs[maps] = _cost(block, maps, dict(options or {}))
+        cost = costs[maps]
+        if cost is not None:
+            _, height, width = maps.sizes[0]
+            found.append(Site(name, maps.channels, height, width, maps.layout, len(maps.sizes), *cost))
+    return found
+
+
+def maps_of(name: str, firing: Firing, image_size: tuple[int, int] | None) -> Maps:
+    """What a block at `name` would be given.
+
+    Raises:
+        GraftError: no block can go there: the module never fired, puts out something else than one image-shaped
+            float tensor, or fires with several channel counts or layouts.
+    """
+    if not firing.calls:
+        raise GraftError(
+            f"module {name!r} never fires in a forward pass, so a block there would be dead; choose the module that "
+            "contains it or another one"
+        )
+    if firing.others:
+        raise GraftError(
+            f"module {name!r} puts out {firing.others[0]}; a block needs one image-shaped float tensor"
+        )
+    flat = [shape for shape in firing.shapes if len(shape) != 4]
+    if flat:
+        raise GraftError(
+            f"module {name!r} puts out a tensor of shape {flat[0]}; a block needs a map of 4 dimensions"
+        )
+    layouts = [_layout(shape, image_size) for shape in firing.shapes]
+    channels = [
+        shape[1] if layout == "NCHW" else shape[3]
+        for shape, layout in zip(firing.shapes, layouts, strict=True)
+    ]
+    if len(set(channels)) > 1 or len(set(layouts)) > 1:
+        counts = ", ".join(map(str, channels))
+        raise GraftError(
+            f"module {name!r} fires {firing.calls} times a forward pass, with {counts} channels: one module used in "
+            "several places. Choose a module that is used once, such as the block around it"
+        )
+    sizes = [(s[0], s[2], s[3]) if layouts[0] == "NCHW" else (s[0], s[1], s[2]) for s in firing.shapes]
+    return Maps(channels[0], layouts[0], tuple(sizes))
+
+
+def _layout(shape: tuple[int, ...], image_size: tuple[int, int] | None) -> Layout:
+    """Whether a map is [B, C, H, W] or [B, H, W, C]: its two sides must be to each other as the image's are.
+
+    Where both fit (C = H = W, or an image size that is not known) it is taken as the usual [B, C, H, W].
+    """
+    _, a, b, c = shape
+    height, width = image_size or (1, 1)
+
+    def error(h: int, w: int) -> float:
+        return abs(h * width - w * height) / max(h * width, w * height, 1)
+
+    return "NHWC" if error(a, b) + 0.1 < error(b, c) else "NCHW"
+
+
+def _cost(block: BlockLike, maps: Maps, options: dict[str, Any]) -> tuple[int, int, int | None] | None:
+    """Parameters, FLOPs and bytes of weights of a block on such maps; None if the block refuses that many channels."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from sagan_attn.errors import BlockError
+
+    try:
+        module = build_block(block, maps.channels, options, seed=0, device=torch.device("meta"))
+    except BlockError:
+        build_block(block, 64, options, seed=0, device=torch.device("meta"))
+        return None
+    with quiet(module), FlopCounterMode(display=False) as counter:
+        for batch, height, width in maps.sizes:
+            module(torch.empty(batch, maps.channels, height, width, device="meta"))
+    shape_of: Callable[[int, int], Sequence[int]] | None = getattr(module, "attention_shape", None)
+    map_bytes = None
+    if shape_of is not None:
+        heads, queries, keys = max((shape_of(h, w) for _, h, w in maps.sizes), key=lambda s: s[1] * s[2])
+        map_bytes = 4 * maps.sizes[0][0] * heads * queries * keys
+    return sum(p.numel() for p in module.parameters()), counter.get_total_flops(), map_bytes
