@@ -149,9 +149,7 @@ def summarize(x: Tensor, reduce: str) -> Tensor:
 def difference(y: Tensor, x: Tensor) -> Tensor:
     """`y - x` for two maps of one shape; broadcasting is refused with `BlockError`."""
     if y.shape != x.shape:
-        raise BlockError(
-            f"a gated block must keep the shape of its input: got {tuple(y.shape)} for {tuple(x.shape)}"
-        )
+        raise BlockError(f"a gated block must keep the shape of its input: got {tuple(y.shape)} for {tuple(x.shape)}")
     return y - x
 
 

@@ -42,9 +42,7 @@ def get_form(name: str) -> Form:
     """The form of that name. Raises `BlockError` with near names for an unknown one."""
     if name not in FORMS:
         near = difflib.get_close_matches(name, FORMS) or list(FORMS)
-        raise BlockError(
-            f"unknown block {name!r}; did you mean {' or '.join(near)}? (all: {', '.join(FORMS)})"
-        )
+        raise BlockError(f"unknown block {name!r}; did you mean {' or '.join(near)}? (all: {', '.join(FORMS)})")
     return FORMS[name]
 
 

@@ -75,9 +75,7 @@ class SelfAttention2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         query, key = self.query_and_key(x)
-        value = functional.split_heads(
-            functional.pool_map(self.value(x), self.pool), self.heads
-        )  # [B, h, M, D]
+        value = functional.split_heads(functional.pool_map(self.value(x), self.pool), self.heads)  # [B, h, M, D]
         rows = functional.attend(query, key, value, self.scale)  # [B, h, N, D]
         branch = functional.merge_heads(rows, x)  # [B, h*D, H, W]
         if self.output is not None:
@@ -116,6 +114,6 @@ def resolve_scale(scale: float | str | None, size: int) -> float:
         return 1.0
     if scale == "sqrt":
         return size**-0.5
-    if isinstance(scale, str) or isinstance(scale, bool):
+    if isinstance(scale, (str, bool)):
         raise BlockError(f"scale ({scale!r}) must be a number, 'sqrt' or None")
     return float(scale)

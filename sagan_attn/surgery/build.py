@@ -63,9 +63,7 @@ def check_block(block: BlockLike, options: Mapping[str, Any]) -> None:
     elif callable(block) and not isinstance(block, nn.Module):
         check_options(default_name(block), block, options)
     else:
-        raise BlockError(
-            f"block ({block!r}) must be a registered name, a class or a factory (channels) -> Module"
-        )
+        raise BlockError(f"block ({block!r}) must be a registered name, a class or a factory (channels) -> Module")
 
 
 def check_identity(block: nn.Module, channels: int, height: int, width: int, must_be_identity: bool) -> None:
@@ -85,9 +83,7 @@ def check_identity(block: nn.Module, channels: int, height: int, width: int, mus
                 module.training = mode
     found = f"{tuple(y.shape)} {y.dtype}" if isinstance(y, torch.Tensor) else f"a {type(y).__name__}"
     if not isinstance(y, torch.Tensor) or y.shape != x.shape or y.dtype != x.dtype:
-        raise GraftError(
-            f"block {_class(block)} does not keep the shape of its input: {tuple(x.shape)} gave {found}"
-        )
+        raise GraftError(f"block {_class(block)} does not keep the shape of its input: {tuple(x.shape)} gave {found}")
     if must_be_identity and not torch.equal(x, y):
         raise GraftError(
             f"block {_class(block)} does not start as the identity, so it would change what the model knows; pass "

@@ -55,9 +55,7 @@ def graft(
             something else than one map; the model is compiled or wrapped; the name is taken. Nothing was changed.
         BlockError: an unknown block, an unknown option, or a value the block refuses. Nothing was changed.
     """
-    plan = make_plan(
-        model, at, block, name=name, gate=gate, example_input=example_input, seed=seed, options=options
-    )
+    plan = make_plan(model, at, block, name=name, gate=gate, example_input=example_input, seed=seed, options=options)
     grafts = []
     for step in plan:
         points_.insert(step.anchor, step.layout, step.name, step.site, step.block)

@@ -81,9 +81,7 @@ class Grafts(Sequence[Graft]):
         """The residual gates, under their names in the model."""
         return {name: parameter for name, parameter in self.named_parameters() if is_gamma(name, parameter)}
 
-    def param_groups(
-        self, lr: float, weight_decay: float = 0.0, gamma_lr_scale: float = 10.0
-    ) -> list[dict[str, Any]]:
+    def param_groups(self, lr: float, weight_decay: float = 0.0, gamma_lr_scale: float = 10.0) -> list[dict[str, Any]]:
         """Parameter groups for any torch optimizer: weights; biases and norms without weight decay; gammas without
         weight decay and with `gamma_lr_scale` times the rate.
 

@@ -73,9 +73,7 @@ def make_plan(
     firings = probe(model, example_input, {site: anchor for site, (_, anchor) in anchors.items()})
     size = map_size(example_input)
     maps = {site: maps_of(site, firing, size) for site, firing in firings.items()}
-    return [
-        _insertion(model, request, *anchors[request.site], maps[request.site], seed) for request in requests
-    ]
+    return [_insertion(model, request, *anchors[request.site], maps[request.site], seed) for request in requests]
 
 
 def _requests(
@@ -89,9 +87,7 @@ def _requests(
     """Each place with its block and options, in order; blocks, options and names checked."""
     if isinstance(at, Mapping):
         if options:
-            raise GraftError(
-                "options do not go with a mapping: put them beside the block, {site: {'block': ..., ...}}"
-            )
+            raise GraftError("options do not go with a mapping: put them beside the block, {site: {'block': ..., ...}}")
         if not at:
             raise GraftError("at is an empty mapping: name at least one module")
         entries = [(list(key) if isinstance(key, tuple) else key, value) for key, value in at.items()]
@@ -99,19 +95,13 @@ def _requests(
         entries = [(at, {"block": block, **(options or {})})]
     requests = []
     for where, value in entries:
-        own = dict(value) if isinstance(value, Mapping) else {"block": value}
+        own: dict[str, Any] = dict(value) if isinstance(value, Mapping) else {"block": value}
         own_block = own.pop("block", block)
         own_gate, own_name = own.pop("gate", gate), own.pop("name", name)
         check_block(own_block, own)
         graft_name = default_name(own_block) if own_name is None else own_name
-        if (
-            not isinstance(graft_name, str)
-            or not graft_name.isidentifier()
-            or hasattr(GraftPoint("NCHW"), graft_name)
-        ):
-            raise GraftError(
-                f"name ({graft_name!r}) must be an identifier that torch.nn.Module does not use itself"
-            )
+        if not isinstance(graft_name, str) or not graft_name.isidentifier() or hasattr(GraftPoint("NCHW"), graft_name):
+            raise GraftError(f"name ({graft_name!r}) must be an identifier that torch.nn.Module does not use itself")
         requests += [Request(site, own_block, graft_name, own_gate, own) for site in select(model, where)]
     return requests
 
@@ -132,9 +122,7 @@ def _check_place(model: nn.Module, request: Request, anchor_name: str, anchor: n
         path = ".".join(parts[:length])
         module = model.get_submodule(path)
         if _is_compiled(module):
-            raise GraftError(
-                f"{path or 'the model'!r} is compiled and would ignore a graft: graft first, then compile"
-            )
+            raise GraftError(f"{path or 'the model'!r} is compiled and would ignore a graft: graft first, then compile")
         if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             raise GraftError(
                 f"{path or 'the model'!r} is wrapped in {type(module).__name__}, which would not train a graft: graft "
@@ -157,9 +145,7 @@ def _check_distinct(requests: list[Request], anchors: Mapping[str, tuple[str, nn
 def _is_compiled(module: nn.Module) -> bool:
     if module._compiled_call_impl is not None or isinstance(module, torch.jit.ScriptModule):
         return True
-    dynamo = sys.modules.get(
-        "torch._dynamo"
-    )  # not imported: nothing can be compiled, and importing it is slow
+    dynamo = sys.modules.get("torch._dynamo")  # not imported: nothing can be compiled, and importing it is slow
     return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 
 

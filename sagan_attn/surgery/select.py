@@ -16,7 +16,7 @@ At = str | re.Pattern[str] | Sequence["str | re.Pattern[str]"]
 
 
 def host_names(model: nn.Module) -> list[str]:
-    """Names of the model's modules, without the root and without what was grafted. A module under two names has both."""
+    """Names of the model's modules, without the root and without what was grafted; a module under two names has both."""
     names = []
     inside = ()
     for name, module in model.named_modules(remove_duplicate=False):
@@ -51,15 +51,11 @@ def select(model: nn.Module, at: At) -> list[str]:
         found = [at] if at in names else []
         shown = f"name {at!r}"
     else:
-        raise GraftError(
-            f"at ({at!r}) must be a module name, a glob, a compiled regex, a list of them or a mapping"
-        )
+        raise GraftError(f"at ({at!r}) must be a module name, a glob, a compiled regex, a list of them or a mapping")
     if not found:
         word = at if isinstance(at, str) else at.pattern
         near = difflib.get_close_matches(word, names, n=5, cutoff=0.5) or names[:5]
-        raise GraftError(
-            f"no module of {type(model).__name__} matches the {shown}; near names: {', '.join(near)}"
-        )
+        raise GraftError(f"no module of {type(model).__name__} matches the {shown}; near names: {', '.join(near)}")
     return found
 
 

@@ -110,18 +110,13 @@ def maps_of(name: str, firing: Firing, image_size: tuple[int, int] | None) -> Ma
             "contains it or another one"
         )
     if firing.others:
-        raise GraftError(
-            f"module {name!r} puts out {firing.others[0]}; a block needs one image-shaped float tensor"
-        )
+        raise GraftError(f"module {name!r} puts out {firing.others[0]}; a block needs one image-shaped float tensor")
     flat = [shape for shape in firing.shapes if len(shape) != 4]
     if flat:
-        raise GraftError(
-            f"module {name!r} puts out a tensor of shape {flat[0]}; a block needs a map of 4 dimensions"
-        )
-    layouts = [_layout(shape, image_size) for shape in firing.shapes]
+        raise GraftError(f"module {name!r} puts out a tensor of shape {flat[0]}; a block needs a map of 4 dimensions")
+    layouts: list[Layout] = [_layout(shape, image_size) for shape in firing.shapes]
     channels = [
-        shape[1] if layout == "NCHW" else shape[3]
-        for shape, layout in zip(firing.shapes, layouts, strict=True)
+        shape[1] if layout == "NCHW" else shape[3] for shape, layout in zip(firing.shapes, layouts, strict=True)
     ]
     if len(set(channels)) > 1 or len(set(layouts)) > 1:
         counts = ", ".join(map(str, channels))
