@@ -58,8 +58,10 @@ def create_block(name: str, channels: int, **options: Any) -> nn.Module:
 
 
 def check_options(name: str, factory: BlockFactory, options: Mapping[str, Any]) -> None:
-    """Raise `BlockError` for options that the factory's signature does not have, naming those it has."""
+    """Raise `BlockError` for a factory without arguments, or options that its signature does not have."""
     parameters = list(inspect.signature(factory).parameters.values())
+    if not parameters:
+        raise BlockError(f"block {name!r} takes no argument; a factory is called with the channels")
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return
     valid = [p.name for p in parameters[1:] if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]

@@ -1,5 +1,6 @@
 """Making a block for a place: from its name, class or factory, seeded, and checked."""
 
+import copy
 import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -67,23 +68,29 @@ def check_block(block: BlockLike, options: Mapping[str, Any]) -> None:
 
 
 def check_identity(block: nn.Module, channels: int, height: int, width: int, must_be_identity: bool) -> None:
-    """Try a block of the user's own on a random map [2, channels, height, width], in eval mode.
+    """Try a copy of a user's own block on a random map [2, channels, height, width].
 
     Raises:
-        GraftError: it does not keep shape and dtype, or it must start as the identity and does not.
+        GraftError: it does not keep shape and dtype, or it must start as the identity, in eval and in train mode,
+            and does not.
     """
-    modes = [(module, module.training) for module in block.modules()]
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.default_generator.manual_seed(0)
-        x = torch.randn(2, channels, height, width)
-        try:
-            y = block.eval()(x)
-        finally:
-            for module, mode in modes:
-                module.training = mode
+    for training in (False, True) if must_be_identity else (False,):
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.default_generator.manual_seed(0)
+            x = torch.randn(2, channels, height, width, dtype=torch.float32, device="cpu")
+            y = copy.deepcopy(block).train(training)(x.clone())  # a clone, because a block may work in place
+        _check_kept(block, x, y, must_be_identity)
+
+
+def _check_kept(block: nn.Module, x: torch.Tensor, y: Any, must_be_identity: bool) -> None:
     found = f"{tuple(y.shape)} {y.dtype}" if isinstance(y, torch.Tensor) else f"a {type(y).__name__}"
     if not isinstance(y, torch.Tensor) or y.shape != x.shape or y.dtype != x.dtype:
         raise GraftError(f"block {_class(block)} does not keep the shape of its input: {tuple(x.shape)} gave {found}")
+    if must_be_identity and isinstance(block, Gated) and not torch.equal(x, y):
+        raise GraftError(
+            f"block {_class(block)} is not the identity even behind a gate of 0: it changes its input in place, or "
+            "puts out NaN or inf"
+        )
     if must_be_identity and not torch.equal(x, y):
         raise GraftError(
             f"block {_class(block)} does not start as the identity, so it would change what the model knows; pass "

@@ -1,6 +1,6 @@
 """What a call of `graft` would do, built and checked in full before anything is touched."""
 
-import sys
+import keyword
 from collections.abc import Mapping
 from dataclasses import dataclass
 from re import Pattern
@@ -18,10 +18,11 @@ from sagan_attn.surgery.build import (
     default_name,
     derive_seed,
 )
+from sagan_attn.surgery.place import check_anchor
 from sagan_attn.surgery.point import CHILD, GraftPoint
 from sagan_attn.surgery.probe import default_example, map_size, probe
 from sagan_attn.surgery.select import At, anchor_of, select
-from sagan_attn.surgery.sites import Maps, maps_of
+from sagan_attn.surgery.sites import Maps, check_calls, maps_of
 
 __all__ = ["Insertion", "make_plan"]
 
@@ -70,9 +71,13 @@ def make_plan(
     _check_distinct(requests, anchors)
     if example_input is None:
         example_input = _worked_out_example(model, anchors)
-    firings = probe(model, example_input, {site: anchor for site, (_, anchor) in anchors.items()})
+    names = {name for site, (anchor_name, _) in anchors.items() for name in (site, anchor_name)}
+    firings = probe(model, example_input, {name: model.get_submodule(name) for name in names})
     size = map_size(example_input)
-    maps = {site: maps_of(site, firing, size) for site, firing in firings.items()}
+    maps = {}
+    for site, (anchor_name, _) in anchors.items():
+        maps[site] = maps_of(site, firings[anchor_name], size)
+        check_calls(site, firings[site], anchor_name, firings[anchor_name])
     return [_insertion(model, request, *anchors[request.site], maps[request.site], seed) for request in requests]
 
 
@@ -100,53 +105,36 @@ def _requests(
         own_gate, own_name = own.pop("gate", gate), own.pop("name", name)
         check_block(own_block, own)
         graft_name = default_name(own_block) if own_name is None else own_name
-        if not isinstance(graft_name, str) or not graft_name.isidentifier() or hasattr(GraftPoint("NCHW"), graft_name):
+        valid = isinstance(graft_name, str) and graft_name.isidentifier() and not keyword.iskeyword(graft_name)
+        if not valid or hasattr(GraftPoint("NCHW"), graft_name):
             raise GraftError(f"name ({graft_name!r}) must be an identifier that torch.nn.Module does not use itself")
         requests += [Request(site, own_block, graft_name, own_gate, own) for site in select(model, where)]
     return requests
 
 
 def _check_place(model: nn.Module, request: Request, anchor_name: str, anchor: nn.Module) -> None:
+    check_anchor(model, anchor_name)
     point = anchor._modules.get(CHILD)
-    if hasattr(anchor, CHILD) and not isinstance(point, GraftPoint):
-        raise GraftError(
-            f"module {anchor_name!r} has an attribute {CHILD!r} of its own, the name grafts are kept under"
-        )
     if isinstance(point, GraftPoint) and request.name in point._modules:
         raise GraftError(
             f"site {request.site!r} already has a graft named {request.name!r} (at module {anchor_name!r}); "
             "pass another name= for a second one"
         )
-    parts = anchor_name.split(".")
-    for length in range(len(parts) + 1):
-        path = ".".join(parts[:length])
-        module = model.get_submodule(path)
-        if _is_compiled(module):
-            raise GraftError(f"{path or 'the model'!r} is compiled and would ignore a graft: graft first, then compile")
-        if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            raise GraftError(
-                f"{path or 'the model'!r} is wrapped in {type(module).__name__}, which would not train a graft: graft "
-                "first, then wrap"
-            )
 
 
 def _check_distinct(requests: list[Request], anchors: Mapping[str, tuple[str, nn.Module]]) -> None:
     seen: dict[tuple[int, str], str] = {}
     for request in requests:
         anchor_name, anchor = anchors[request.site]
-        other = seen.setdefault((id(anchor), request.name), request.site)
-        if other != request.site:
+        other = seen.get((id(anchor), request.name))
+        seen[id(anchor), request.name] = request.site
+        if other == request.site:
+            raise GraftError(f"{other!r} is asked for twice; a second graft named {request.name!r} needs another name")
+        if other is not None:
             raise GraftError(
                 f"{other!r} and {request.site!r} are the same place ({anchor_name!r}): a second graft named "
                 f"{request.name!r} there needs another name"
             )
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    if module._compiled_call_impl is not None or isinstance(module, torch.jit.ScriptModule):
-        return True
-    dynamo = sys.modules.get("torch._dynamo")  # not imported: nothing can be compiled, and importing it is slow
-    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 
 
 def _worked_out_example(model: nn.Module, anchors: Mapping[str, tuple[str, nn.Module]]) -> Any:
@@ -174,7 +162,7 @@ def _insertion(
     )
     if not isinstance(request.block, str):
         _, height, width = maps.sizes[0]
-        check_identity(block, maps.channels, height, width, must_be_identity=request.gate is None)
+        check_identity(block, maps.channels, height, width, must_be_identity=request.gate is not False)
     like = next((t for m in (anchor, model) for t in _tensors(m) if t.is_floating_point()), None)
     if like is not None:
         block = block.to(like.device, like.dtype)

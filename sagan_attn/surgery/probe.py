@@ -35,9 +35,9 @@ def probe(model: nn.Module, example_input: Any, modules: Mapping[str, nn.Module]
 
     Raises whatever the model raises on that input, with a note that says so.
     """
+    example_input = _like_parameters(model, example_input)
     firings = {name: Firing() for name in modules}
     handles = [module.register_forward_hook(_recorder(firings[name])) for name, module in modules.items()]
-    example_input = _like_parameters(model, example_input)
     try:
         with quiet(model):
             if isinstance(example_input, tuple):
@@ -77,10 +77,10 @@ def default_example(model: nn.Module) -> Tensor:
     """
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     if isinstance(config, Mapping) and "input_size" in config:
-        return torch.zeros(1, *config["input_size"])
+        return torch.zeros(1, *config["input_size"], device="cpu")  # whatever the default device
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            return torch.zeros(1, module.in_channels, 224, 224)
+            return torch.zeros(1, module.in_channels, 224, 224, device="cpu")
     raise GraftError(f"no input size can be worked out for {type(model).__name__}: pass example_input")
 
 

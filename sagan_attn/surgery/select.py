@@ -16,7 +16,7 @@ At = str | re.Pattern[str] | Sequence["str | re.Pattern[str]"]
 
 
 def host_names(model: nn.Module) -> list[str]:
-    """Names of the model's modules, without the root and without what was grafted; a module under two names has both."""
+    """Names of the model's modules, without the root and what was grafted; a module under two names has both."""
     names = []
     inside = ()
     for name, module in model.named_modules(remove_duplicate=False):

@@ -1,5 +1,6 @@
 """The places of a model where a block can go, and what one would cost there."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -7,12 +8,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from sagan_attn.errors import GraftError
-from sagan_attn.surgery.build import BlockLike, build_block
+from sagan_attn.errors import BlockError, GraftError
+from sagan_attn.surgery.build import BlockLike, build_block, check_block
+from sagan_attn.surgery.place import check_anchor, check_open
 from sagan_attn.surgery.probe import Firing, default_example, map_size, probe, quiet
 from sagan_attn.surgery.select import anchor_of, host_names
 
-__all__ = ["Maps", "Site", "maps_of", "sites"]
+__all__ = ["Maps", "Site", "check_calls", "maps_of", "sites"]
 
 Layout = Literal["NCHW", "NHWC"]
 
@@ -74,26 +76,34 @@ def sites(
     was. `example_input` is as in `graft`.
 
     Raises:
-        GraftError: no example_input, and none can be worked out.
-        BlockError: an unknown block or option.
+        GraftError: no example_input, and none can be worked out; the model is compiled or wrapped.
+        BlockError: an unknown block or option, or options that the block refuses for every place.
     """
+    check_open(model, "")
+    check_block(block, options or {})
     if example_input is None:
         example_input = default_example(model)
-    anchors = {name: anchor_of(model, name)[1] for name in host_names(model)}
-    firings = probe(model, example_input, anchors)
-    costs: dict[Maps, tuple[int, int, int | None] | None] = {}
+    names = host_names(model)
+    firings = probe(model, example_input, {name: model.get_submodule(name) for name in names})
+    costs: dict[Maps, tuple[int, int, int | None] | BlockError] = {}
     found = []
-    for name, firing in firings.items():
+    for name in names:
+        anchor_name, _ = anchor_of(model, name)
         try:
-            maps = maps_of(name, firing, map_size(example_input))
+            check_anchor(model, anchor_name)
+            maps = maps_of(name, firings[anchor_name], map_size(example_input))
+            check_calls(name, firings[name], anchor_name, firings[anchor_name])
         except GraftError:
             continue  # not a place for a block; `graft` says why when asked for it by name
         if maps not in costs:
-            costs[maps] = _cost(block, maps, dict(options or {}))
+            costs[maps] = _cost(block, maps, options or {})
         cost = costs[maps]
-        if cost is not None:
+        if not isinstance(cost, BlockError):
             _, height, width = maps.sizes[0]
             found.append(Site(name, maps.channels, height, width, maps.layout, len(maps.sizes), *cost))
+    refused = [cost for cost in costs.values() if isinstance(cost, BlockError)]
+    if refused and not found:
+        raise refused[0]
     return found
 
 
@@ -128,6 +138,15 @@ def maps_of(name: str, firing: Firing, image_size: tuple[int, int] | None) -> Ma
     return Maps(channels[0], layouts[0], tuple(sizes))
 
 
+def check_calls(site: str, own: Firing, anchor_name: str, anchor: Firing) -> None:
+    """Raise `GraftError` if the module that a hook for `site` belongs on also fires outside of the site."""
+    if own.calls and own.calls != anchor.calls:
+        raise GraftError(
+            f"site {site!r} fires {own.calls} times a forward pass, but {anchor_name!r}, the last module in it, "
+            f"{anchor.calls} times: it is used in several places. Choose a module that is used once"
+        )
+
+
 def _layout(shape: tuple[int, ...], image_size: tuple[int, int] | None) -> Layout:
     """Whether a map is [B, C, H, W] or [B, H, W, C]: its two sides must be to each other as the image's are.
 
@@ -142,23 +161,19 @@ def _layout(shape: tuple[int, ...], image_size: tuple[int, int] | None) -> Layou
     return "NHWC" if error(a, b) + 0.1 < error(b, c) else "NCHW"
 
 
-def _cost(block: BlockLike, maps: Maps, options: dict[str, Any]) -> tuple[int, int, int | None] | None:
-    """Parameters, FLOPs and bytes of weights of a block on such maps; None if the block refuses that many channels."""
+def _cost(block: BlockLike, maps: Maps, options: Mapping[str, Any]) -> tuple[int, int, int | None] | BlockError:
+    """Parameters, FLOPs and bytes of weights of a block on such maps; what the block says if it refuses them."""
     from torch.utils.flop_counter import FlopCounterMode
-
-    from sagan_attn.errors import BlockError
 
     try:
         module = build_block(block, maps.channels, options, seed=0, device=torch.device("meta"))
-    except BlockError:
-        build_block(block, 64, options, seed=0, device=torch.device("meta"))
-        return None
+    except BlockError as error:
+        return error
     with quiet(module), FlopCounterMode(display=False) as counter:
         for batch, height, width in maps.sizes:
             module(torch.empty(batch, maps.channels, height, width, device="meta"))
     shape_of: Callable[[int, int], Sequence[int]] | None = getattr(module, "attention_shape", None)
     map_bytes = None
     if shape_of is not None:
-        heads, queries, keys = max((shape_of(h, w) for _, h, w in maps.sizes), key=lambda s: s[1] * s[2])
-        map_bytes = 4 * maps.sizes[0][0] * heads * queries * keys
+        map_bytes = max(4 * batch * math.prod(shape_of(h, w)) for batch, h, w in maps.sizes)
     return sum(p.numel() for p in module.parameters()), counter.get_total_flops(), map_bytes

@@ -1,0 +1,137 @@
+"""What training writes into its run folder."""
+
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pandas as pd
+import torch
+from safetensors.torch import save_file
+
+from sagan_attn import __version__
+from sagan_attn.errors import ConfigError
+from sagan_attn.training.run import RunPaths, write_json, write_text
+
+__all__ = ["RunFolder"]
+
+
+class RunFolder(L.Callback):
+    """Writes config, environment, classes and transform when a fit starts, test logits and predictions when they end.
+
+    A fit that fails before its first checkpoint leaves nothing: the folder it made is removed.
+
+    Args:
+        paths: the run folder.
+        config_text: the resolved config, as YAML.
+        resumed: whether the fit goes on from a checkpoint, so that the folder may be there already.
+    """
+
+    def __init__(self, paths: RunPaths, config_text: str, resumed: bool) -> None:
+        self.paths = paths
+        self.config_text = config_text
+        self.resumed = resumed
+        self._made = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit" and not self.resumed and trainer.is_global_zero and self.paths.config.exists():
+            raise ConfigError(
+                f"run_dir {self.paths.folder} already holds a run: choose another one, or go on with it with "
+                f"--ckpt_path {self.paths.checkpoint('last')}"
+            )
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        print(_summary(pl_module))
+        self._made = not self.paths.folder.exists()
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        write_text(self.paths.config, self.config_text)
+        write_json(self.paths.environment, environment(trainer) | {"data": describe(data)})
+        write_json(self.paths.classes, data.classes)
+        write_json(self.paths.transform, data.preprocess.to_dict())
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if self._made and not any(self.paths.checkpoints.glob("*.ckpt")):
+            shutil.rmtree(self.paths.folder, ignore_errors=True)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        logits = torch.cat([logits for logits, _ in pl_module.test_outputs])
+        labels = torch.cat([labels for _, labels in pl_module.test_outputs])
+        pl_module.test_outputs = []
+        metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("test/")}
+        self.paths.folder.mkdir(parents=True, exist_ok=True)
+        beside = self.paths.test_logits.with_suffix(".part")
+        save_file({"logits": logits.contiguous(), "labels": labels}, beside)
+        beside.replace(self.paths.test_logits)
+        write_json(self.paths.test_metrics, metrics | {"images": len(labels)})
+
+    def write_predictions(self, batches: Sequence[torch.Tensor], classes: Sequence[str]) -> None:
+        """predictions.csv: for each image of the test split, in its order, the class and each class's probability."""
+        probabilities = torch.cat(list(batches))
+        table = pd.DataFrame(probabilities.numpy(), columns=list(classes))
+        table.insert(0, "prediction", [classes[i] for i in probabilities.argmax(dim=1)])
+        table.index.name = "index"
+        write_text(self.paths.predictions, table.to_csv())
+
+
+def _summary(module: Any) -> str:
+    """How many parameters are the host's and the grafts', and how many train."""
+    own = {id(p): p.numel() for p in module.grafts.parameters()}
+    every = {id(p): p.numel() for p in module.network.parameters()}
+    train = sum(p.numel() for p in module.network.parameters() if p.requires_grad)
+    where = ", ".join(f"{graft.name} at {graft.site}" for graft in module.grafts) or "none"
+    host = sum(every.values()) - sum(own.values())
+    return f"host {module.host.name}: {host:,} parameters; grafts ({where}): {sum(own.values()):,}; training {train:,}"
+
+
+def describe(data: Any) -> dict[str, Any]:
+    """What the data module says of its data, with their fingerprint."""
+    return data.describe() | {"fingerprint": data.fingerprint()}
+
+
+def environment(trainer: L.Trainer) -> dict[str, Any]:
+    """Versions, machine, git revision and command of this process, as JSON can hold them."""
+    device = trainer.strategy.root_device
+    packages = ("torch", "torchvision", "timm", "lightning", "torchmetrics", "numpy", "pillow", "scikit-learn")
+    return {
+        "sagan_attn": __version__,
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in packages},
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processes": trainer.world_size,
+        "precision": str(trainer.precision),
+        "git": _git_revision(),
+        "command": sys.argv,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _git_revision() -> str | None:
+    """Revision of the code's checkout, with "+" for uncommitted changes; None where there is none."""
+    folder = Path(__file__).parent
+    try:
+        git = ["git", "-C", str(folder)]
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        state = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if state.stdout.strip() else "")

@@ -1,0 +1,223 @@
+"""Image files in folders, one folder a class."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import ExifTags, Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from sagan_attn.errors import DataError
+from sagan_attn.training.data.augment import AugmentConfig
+from sagan_attn.training.data.base import ImageData, Split
+from sagan_attn.training.data.preprocess import open_image
+from sagan_attn.training.data.splits import seeded_order
+
+__all__ = ["FolderData"]
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class FolderPictures:
+    """Image files below `root`: relative paths and class numbers."""
+
+    root: Path
+    files: list[str]
+    labels: list[int]
+
+    def open(self, index: int) -> Image.Image:
+        return open_image(self.root / self.files[index])
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(width, height) as shown, from the file's header alone."""
+        path = self.root / self.files[index]
+        try:
+            with Image.open(path) as image:
+                width, height = image.size
+                # orientations 5 to 8 lie on their side; a square needs no such question
+                turned = width != height and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+                return (height, width) if turned else (width, height)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise DataError(f"cannot read the image {path}: {error}; replace or remove the file") from error
+
+    def content_digest(self, indices: Sequence[int]) -> bytes:
+        files = sorted(self.files[index] for index in indices)
+        lines = [f"{file} {(self.root / file).stat().st_size}" for file in files]
+        return hashlib.sha256("\n".join(lines).encode()).digest()
+
+    def subset(self, indices: Sequence[int]) -> "FolderPictures":
+        return FolderPictures(self.root, [self.files[i] for i in indices], [self.labels[i] for i in indices])
+
+
+class FolderData(ImageData):
+    """A folder of your own images, in one of two layouts:
+
+    `root/train/<class>/...` and `root/test/<class>/...`; a `root/val/` of the same shape is the validation
+    part if it is there, and otherwise `val_fraction` of the training images is.
+
+    `root/<class>/...`: `test_fraction` of the images is kept for testing, the same ones whatever `seed` is,
+    so that no seed trains on what another is tested on; the validation part is split off the rest.
+
+    Files may lie deeper within a class; hidden files and files that are no images (torchvision's
+    IMG_EXTENSIONS) are passed over. Without `image_size` all training images must be squares of one size.
+    mean and std default to ImageNet's. Crop and flip by default. See `ImageData` for the other options.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        test_fraction: float = 0.2,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
+        batch_size: int = 128,
+        val_fraction: float = 0.1,
+        seed: int = 0,
+        image_size: int | None = None,
+        augment: AugmentConfig | None = None,
+        cache_bytes: int = 1 << 30,
+        num_workers: int = 0,
+        limit_train: int | None = None,
+        drop_last: bool = True,
+    ) -> None:
+        super().__init__(
+            name=f"folder:{Path(root).name}",
+            batch_size=batch_size,
+            val_fraction=val_fraction,
+            seed=seed,
+            image_size=image_size,
+            augment=augment,
+            cache_bytes=cache_bytes,
+            num_workers=num_workers,
+            limit_train=limit_train,
+            drop_last=drop_last,
+            mean=mean,
+            std=std,
+        )
+        if not 0 < test_fraction < 1:
+            raise DataError(f"test_fraction ({test_fraction}) must lie in (0, 1)")
+        self.root = root
+        self.test_fraction = test_fraction
+        self._listed: dict[str, FolderPictures] = {}
+
+    def pictures(self, split: Split) -> FolderPictures | None:
+        root = Path(self.root)
+        if _has_splits(root):
+            if split == "val" and not (root / "val").is_dir():
+                return None
+            return self._list(split)
+        if split == "val":
+            return None
+        whole = self._list("")
+        order = seeded_order(len(whole.files), "test split")
+        n_test = round(len(order) * self.test_fraction)
+        if not 0 < n_test < len(order):
+            raise DataError(
+                f"test_fraction ({self.test_fraction}) of the {len(order)} images in {root} leaves {n_test} to "
+                f"test on and {len(order) - n_test} to train on: both must be above 0"
+            )
+        return whole.subset(sorted(order[:n_test] if split == "test" else order[n_test:]))
+
+    def read_classes(self) -> list[str]:
+        root = Path(self.root)
+        if not _has_splits(root):
+            return _class_names(root)
+        classes = _class_names(root / "train")
+        for split in ("val", "test"):
+            if (root / split).is_dir() and (other := _class_names(root / split)) != classes:
+                raise DataError(
+                    f"the classes of {root / 'train'} and {root / split} differ: only in train "
+                    f"{sorted(set(classes) - set(other))}, only in {split} "
+                    f"{sorted(set(other) - set(classes))}"
+                )
+        return classes
+
+    def native_size(self) -> int:
+        pictures = self.pictures("train")
+        if pictures is None:
+            raise DataError(f"there are no training images in {self.root}")
+        sizes = {pictures.size(index) for index in range(len(pictures.files))}
+        width, height = min(sizes)
+        if len(sizes) > 1 or width != height:
+            found = f"from {min(sizes)} to {max(sizes)}" if len(sizes) > 1 else f"all {width} x {height}"
+            raise DataError(
+                f"the images in {self.root} are not squares of one size ({found}, width and height): "
+                "give image_size"
+            )
+        return width
+
+    def _list(self, split: str) -> FolderPictures:
+        """All images of a split ("": of the root itself), read from the disk once."""
+        if split not in self._listed:
+            folder = Path(self.root, split)
+            if not folder.is_dir():
+                raise DataError(
+                    f"{folder} is missing: {self.root} holds {_folders(Path(self.root))}; add the folder, or use "
+                    "the layout class/file and let test_fraction choose"
+                )
+            self._listed[split] = _list_images(folder, _class_names(folder))
+        return self._listed[split]
+
+
+def _folders(root: Path) -> list[str]:
+    """Names of the folders in `root`, hidden ones left out, sorted.
+
+    Raises:
+        DataError: `root` is not a folder.
+    """
+    if not root.is_dir():
+        raise DataError(f"the image folder {root} (that is {root.resolve()}) does not exist: check root")
+    return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _has_splits(root: Path) -> bool:
+    """Whether `root` holds train/, val/, test/ with class folders in them, rather than class folders.
+
+    Raises:
+        DataError: it holds both, or splits without train/.
+    """
+    folders = _folders(root)
+    splits = [name for name in folders if name in SPLITS]
+    others = [name for name in folders if name not in SPLITS]
+    # "train" may be a class among bus and car; as a split it has folders in it
+    if not splits or (others and not any(_folders(root / name) for name in splits)):
+        return False
+    if others:
+        raise DataError(
+            f"{root} holds both splits {splits} and other folders {others[:10]}: keep either split/class/file "
+            "or class/file"
+        )
+    if "train" not in splits:
+        raise DataError(
+            f"{root} holds {splits} but no train folder: make it train/<class>/ and test/<class>/"
+        )
+    return True
+
+
+def _class_names(folder: Path) -> list[str]:
+    if not (classes := _folders(folder)):
+        raise DataError(f"{folder} holds no class folders: put the images of a class in a folder of its name")
+    return classes
+
+
+def _list_images(folder: Path, classes: list[str]) -> FolderPictures:
+    files: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        before = len(files)
+        # links are followed, as torchvision's ImageFolder does
+        for place, folders, names in os.walk(folder / name, followlinks=True):
+            folders[:] = sorted(inner for inner in folders if not inner.startswith("."))
+            inside = os.path.relpath(place, folder)
+            for file in sorted(names):
+                if not file.startswith(".") and file.lower().endswith(IMG_EXTENSIONS):
+                    files.append(os.path.join(inside, file))
+                    labels.append(label)
+        if len(files) == before:
+            raise DataError(
+                f"the class folder {folder / name} holds no images ({', '.join(IMG_EXTENSIONS)}): fill or remove "
+                "it"
+            )
+    return FolderPictures(folder, files, labels)

@@ -1,0 +1,281 @@
+"""Hosts by name: torchvision's and timm's models, CIFAR ResNets, and the small CNN of the `lookup` data."""
+
+import difflib
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sagan_attn.errors import ConfigError
+from sagan_attn.training.data import Preprocess
+
+__all__ = ["HostConfig", "build_host", "find_head", "host_preprocess"]
+
+CIFAR_DEPTHS = (20, 32, 44, 56, 110)
+
+
+@dataclass(frozen=True)
+class HostConfig:
+    """A CNN by name.
+
+    Args:
+        name: "lookup-cnn"; "resnet20", 32, 44, 56 or 110 (the CIFAR ResNets); "torchvision/<name>"; "timm/<name>".
+            The prefix may be left out where only one library has that name.
+        pretrained: load the library's pretrained weights (downloaded on first use) and give the model a new head.
+        weights: a file of weights instead, .safetensors or .pt/.pth holding a state dict; a head with another number
+            of classes is left as initialised.
+        small_images: for images of about 32 pixels: the first convolution becomes 3x3 with stride 1 and the max
+            pooling after it goes.
+        options: further arguments of the model's constructor.
+    """
+
+    name: str
+    pretrained: bool = False
+    weights: str | None = None
+    small_images: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def build_host(config: HostConfig, num_classes: int, in_channels: int = 3) -> nn.Module:
+    """The model of that name with `num_classes` outputs.
+
+    Raises:
+        ConfigError: an unknown name or option, weights that are missing or do not fit, or channels the model cannot
+            take.
+    """
+    library, name = _resolve(config.name)
+    if config.pretrained and (config.weights or library == "own"):
+        other = "weights" if config.weights else f"host {config.name!r}, which has no pretrained weights"
+        raise ConfigError(f"pretrained does not go with {other}")
+    try:
+        if library == "own":
+            model = _own(name, num_classes, in_channels, config.options)
+        elif library == "timm":
+            import timm
+
+            model = timm.create_model(
+                name, pretrained=config.pretrained, num_classes=num_classes, in_chans=in_channels, **config.options
+            )
+        else:
+            model = _torchvision(name, config, num_classes, in_channels)
+    except TypeError as error:
+        raise ConfigError(f"host {config.name!r} refuses its options {config.options}: {error}") from error
+    except OSError as error:  # no network, or a hub that does not answer
+        raise ConfigError(
+            f"pretrained weights of {config.name!r} cannot be had ({error}); download them once where there is a "
+            "network, or name a local file with host.weights"
+        ) from error
+    if config.small_images:
+        _small_stem(model, config.name)
+    if config.weights:
+        _load_weights(model, Path(config.weights), num_classes)
+    return model
+
+
+def find_head(model: nn.Module) -> nn.Module:
+    """The last layer with parameters that is a Linear or a convolution: the classifier. Raises `ConfigError`."""
+    heads = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    if callable(getattr(model, "get_classifier", None)):
+        head = model.get_classifier()  # type: ignore[operator]
+        if isinstance(head, nn.Module) and any(True for _ in head.parameters()):
+            return head
+    if not heads:
+        raise ConfigError(f"{type(model).__name__} has no linear or convolutional layer to be its head")
+    return heads[-1]
+
+
+def _resolve(name: str) -> tuple[str, str]:
+    """Library ("own", "torchvision" or "timm") and name in it."""
+    own = ["lookup-cnn", *(f"resnet{depth}" for depth in CIFAR_DEPTHS)]
+    prefix, slash, rest = name.partition("/")
+    if not slash:
+        if name in own:
+            return "own", name
+        prefix, rest = "", name
+    elif prefix not in ("torchvision", "timm"):
+        raise ConfigError(f"host {name!r}: the part before the slash must be torchvision or timm")
+
+    known = {library: names() for library, names in _LISTS.items() if prefix in ("", library)}
+    found = [library for library, names in known.items() if rest in names or rest.partition(".")[0] in names]
+    if len(found) == 1:
+        return found[0], rest
+    if found:
+        raise ConfigError(f"host {name!r} exists in two libraries: say torchvision/{name} or timm/{name}")
+    everything = [*own, *(f"{library}/{n}" for library, names in known.items() for n in names)]
+    near = difflib.get_close_matches(name, everything) or difflib.get_close_matches(
+        rest, [n for names in known.values() for n in names]
+    )
+    raise ConfigError(f"unknown host {name!r}" + (f"; near names: {', '.join(near)}" if near else ""))
+
+
+def _torchvision_names() -> list[str]:
+    from torchvision import models
+
+    return models.list_models(module=models)
+
+
+def _timm_names() -> list[str]:
+    import timm
+
+    return timm.list_models()
+
+
+_LISTS = {"torchvision": _torchvision_names, "timm": _timm_names}
+
+
+def _torchvision(name: str, config: HostConfig, num_classes: int, in_channels: int) -> nn.Module:
+    from torchvision import models
+
+    if in_channels != 3:
+        raise ConfigError(f"torchvision hosts take 3 channels, the data has {in_channels}; timm hosts take any number")
+    if not config.pretrained:
+        return models.get_model(name, num_classes=num_classes, **config.options)
+    model = models.get_model(name, weights="DEFAULT", **config.options)
+    old = find_head(model)
+    path = next(path for path, module in model.named_modules() if module is old)
+    if isinstance(old, nn.Linear):
+        _replace(model, path, nn.Linear(old.in_features, num_classes, bias=old.bias is not None))
+    elif isinstance(old, nn.Conv2d):  # over a map, pooled afterwards, as in SqueezeNet
+        _replace(model, path, nn.Conv2d(old.in_channels, num_classes, 1, bias=old.bias is not None))
+    return model
+
+
+def _small_stem(model: nn.Module, name: str) -> None:
+    """First convolution to 3x3 with stride 1; the first max pooling goes if that convolution was a strided one."""
+    path, conv = next(((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)), ("", None))
+    if conv is None or conv.groups != 1:
+        raise ConfigError(f"small_images: host {name!r} has no ordinary first convolution to replace")
+    new = nn.Conv2d(conv.in_channels, conv.out_channels, 3, stride=1, padding=1, bias=conv.bias is not None)
+    nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+    _replace(model, path, new)
+    if max(conv.stride) > 1:
+        pool = next((n for n, m in model.named_modules() if isinstance(m, nn.MaxPool2d)), None)
+        if pool is not None:
+            _replace(model, pool, nn.Identity())
+
+
+def _replace(model: nn.Module, path: str, new: nn.Module) -> None:
+    parent, _, child = path.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
+def _load_weights(model: nn.Module, path: Path, num_classes: int) -> None:
+    """Load a state dict from a file; only the head may be missing or have another shape. No pickle is run."""
+    if not path.is_file():
+        raise ConfigError(f"host.weights: there is no file {path}")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        state = load_file(path)
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state) if isinstance(state, dict) else state
+    head = find_head(model)
+    prefix = next(n for n, m in model.named_modules() if m is head) + "."
+    own = model.state_dict()
+    unfit = [
+        key
+        for key in {*own, *state}
+        if not key.startswith(prefix) and (key not in own or key not in state or own[key].shape != state[key].shape)
+    ]
+    if unfit:
+        raise ConfigError(
+            f"host.weights: {path} does not fit {type(model).__name__}: {len(unfit)} keys are missing, foreign or of "
+            f"another shape, such as {', '.join(sorted(unfit)[:3])}"
+        )
+    fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
+    model.load_state_dict(fitting, strict=False)
+
+
+def _own(name: str, num_classes: int, in_channels: int, options: dict[str, Any]) -> nn.Module:
+    if options:
+        raise ConfigError(f"host {name!r} has no options, got {', '.join(options)}")
+    if name == "lookup-cnn":
+        return lookup_cnn(num_classes, in_channels)
+    return cifar_resnet(int(name.removeprefix("resnet")), num_classes, in_channels)
+
+
+def lookup_cnn(num_classes: int, in_channels: int = 3) -> nn.Module:
+    """The host of the `lookup` data: no output sees more than 12 x 12 pixels until the global average.
+
+    Patches of 4 x 4 pixels to 64 channels, one 3 x 3 convolution to 128, two 1 x 1 convolutions, global average,
+    linear head. Input [B, in_channels, H, W], output [B, num_classes].
+    """
+
+    def layer(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Module:
+        conv = nn.Conv2d(inputs, outputs, size, stride, padding=0 if stride > 1 else size // 2, bias=False)
+        return nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm2d(outputs), act=nn.ReLU(inplace=True)))
+
+    return nn.Sequential(
+        OrderedDict(
+            patches=layer(in_channels, 64, 4, stride=4),
+            local=layer(64, 128, 3),
+            mix1=layer(128, 128, 1),
+            mix2=layer(128, 128, 1),
+            pool=nn.AdaptiveAvgPool2d(1),
+            flatten=nn.Flatten(),
+            head=nn.Linear(128, num_classes),
+        )
+    )
+
+
+def cifar_resnet(depth: int, num_classes: int, in_channels: int = 3) -> nn.Module:
+    """The ResNet for 32 x 32 images: 6n+2 layers in three stages `layer1..3` of 16, 32 and 64 channels.
+
+    Source: He et al., 2015 (arXiv:1512.03385), section 4.2, with projection instead of zero-padded shortcuts, on
+    torchvision's BasicBlock.
+    """
+    from torchvision.models.resnet import BasicBlock
+
+    blocks = (depth - 2) // 6
+    widths = (16, 16, 32, 64)
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    layers["conv1"] = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
+    layers["bn1"] = nn.BatchNorm2d(16)
+    layers["relu"] = nn.ReLU(inplace=True)
+    for stage in (1, 2, 3):
+        before, width = widths[stage - 1], widths[stage]
+        stride = 1 if stage == 1 else 2
+        shortcut = None
+        if before != width:
+            shortcut = nn.Sequential(nn.Conv2d(before, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+        first = BasicBlock(before, width, stride, shortcut)
+        layers[f"layer{stage}"] = nn.Sequential(first, *(BasicBlock(width, width) for _ in range(blocks - 1)))
+    layers["pool"] = nn.AdaptiveAvgPool2d(1)
+    layers["flatten"] = nn.Flatten()
+    layers["fc"] = nn.Linear(64, num_classes)
+    model = nn.Sequential(layers)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return model
+
+
+def host_preprocess(config: HostConfig) -> Preprocess | None:
+    """How images were prepared for the host's pretrained weights: size, statistics, interpolation and crop.
+
+    None for a host without pretrained weights, and for one whose stem was changed for small images.
+    """
+    if not (config.pretrained or config.weights) or config.small_images:
+        return None
+    library, name = _resolve(config.name)
+    if library == "own":
+        return None
+    if library == "timm":
+        import timm
+
+        return Preprocess.from_timm(timm.create_model(name, **config.options))
+    from torchvision import models
+
+    transform = models.get_model_weights(name).DEFAULT.transforms()  # type: ignore[attr-defined]
+    crop = transform.crop_size[0]
+    return Preprocess(
+        image_size=crop,
+        mean=tuple(transform.mean),
+        std=tuple(transform.std),
+        interpolation=transform.interpolation.value,
+        crop_pct=crop / transform.resize_size[0],
+    )

@@ -1,0 +1,217 @@
+"""The LightningModule: a classifier with grafts."""
+
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from sagan_attn.errors import CheckpointError, ConfigError
+from sagan_attn.surgery import Grafts, grafts_of
+from sagan_attn.training.hosts import HostConfig, find_head
+from sagan_attn.training.network import GraftConfig, build_network
+from sagan_attn.training.optim import OptimizerConfig, ScheduleConfig, create_optimizer, create_schedule
+
+__all__ = ["ClassifierModule"]
+
+GAMMA_MOVED = 1e-3
+
+
+class ClassifierModule(L.LightningModule):
+    """A host with grafts, trained as an image classifier by cross-entropy.
+
+    The network is built when training starts, from the data module's classes and image size. Logged each epoch:
+    train/loss, val/loss, val/accuracy, lr/<group>, gamma/<graft>. Batches are (images [B, C, H, W], labels [B] of
+    class numbers or [B, classes] of probabilities).
+
+    Args:
+        host: the CNN.
+        grafts: what is grafted into it, in this order.
+        optimizer: optimizer and learning rates.
+        schedule: learning rate over time.
+        num_classes: None for the data's; a number must agree with them.
+        label_smoothing: share of the target spread over all classes.
+        freeze_host: train the grafts and the head alone; the host's batch norms stay in eval mode.
+        channels_last: keep maps in channels-last memory format, the faster one for convolutions on most devices.
+        compile: compile the network with torch.compile.
+        compile_mode: of torch.compile, such as "max-autotune"; None for its default.
+
+    Raises:
+        ConfigError: options that contradict the data or each other.
+    """
+
+    network: nn.Module
+
+    def __init__(
+        self,
+        host: HostConfig,
+        grafts: list[GraftConfig] | None = None,
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008  (frozen)
+        schedule: ScheduleConfig = ScheduleConfig(),  # noqa: B008  (frozen)
+        num_classes: int | None = None,
+        label_smoothing: float = 0.0,
+        freeze_host: bool = False,
+        channels_last: bool = True,
+        compile: bool = False,
+        compile_mode: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise ConfigError(f"label_smoothing ({label_smoothing}) must lie in [0, 1)")
+        if compile_mode is not None and not compile:
+            raise ConfigError(f"compile_mode ({compile_mode!r}) needs compile: true")
+        self.host = host
+        self.graft_configs = list(grafts or [])
+        self.optimizer_config = optimizer
+        self.schedule_config = schedule
+        self.num_classes = num_classes
+        self.label_smoothing = label_smoothing
+        self.freeze_host = freeze_host
+        self.channels_last = channels_last
+        self.compile_network = compile
+        self.compile_mode = compile_mode
+        self._first_gammas: dict[str, float] = {}
+        self.test_outputs: list[tuple[Tensor, Tensor]] = []
+
+    def configure_model(self) -> None:
+        if hasattr(self, "network"):
+            return
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if self.num_classes not in (None, data.num_classes):
+            raise ConfigError(
+                f"model.num_classes ({self.num_classes}) does not match the data, which have {data.num_classes} "
+                "classes: leave it out to take theirs"
+            )
+        host = self.host
+        if self.trainer.state.fn != "fit" or self.trainer.ckpt_path:
+            host = replace(host, pretrained=False, weights=None)  # the checkpoint brings all weights
+        network = build_network(
+            host, self.graft_configs, data.num_classes, data.in_channels, data.preprocess.image_size
+        )
+        self.setup_network(network, data.num_classes)
+
+    def setup_network(self, network: nn.Module, num_classes: int) -> None:
+        """Take a built network: freeze, lay out in memory and compile it as asked."""
+        if self.freeze_host:
+            _freeze_host(network)
+        if self.channels_last:
+            network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.compile_network:
+            network.compile(mode=self.compile_mode)
+        self.network = network
+        self.train(self.training)
+        self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
+
+    @property
+    def grafts(self) -> Grafts:
+        """The grafts in the network."""
+        return grafts_of(self.network)
+
+    def train(self, mode: bool = True) -> "ClassifierModule":
+        super().train(mode)
+        if mode and self.freeze_host and hasattr(self, "network"):
+            grafted = {module for graft in self.grafts for module in graft.block.modules()}
+            for module in self.network.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm) and module not in grafted:
+                    module.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, classes] of images [B, C, H, W]."""
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return self.network(images)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        loss = F.cross_entropy(self(images).float(), labels, label_smoothing=self.label_smoothing)
+        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(images))
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, labels = batch
+        logits = self(images).float()
+        self.val_accuracy.update(logits, labels)
+        loss = F.cross_entropy(logits, labels)
+        self.log("val/loss", loss, batch_size=len(images), sync_dist=True)
+        self.log("val/accuracy", self.val_accuracy, prog_bar=True)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, labels = batch
+        logits = self(images).float()
+        self.test_accuracy.update(logits, labels)
+        self.log("test/loss", F.cross_entropy(logits, labels), batch_size=len(images))
+        self.log("test/accuracy", self.test_accuracy)
+        self.test_outputs.append((logits.cpu(), labels.cpu()))
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Probabilities [B, classes]."""
+        return self(batch[0]).float().softmax(dim=1)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = create_optimizer(self.network, self.optimizer_config)
+        steps = int(self.trainer.estimated_stepping_batches)
+        epochs = self.trainer.max_epochs
+        if epochs is None or epochs < 1:
+            raise ConfigError("trainer.max_epochs must be given, at least 1: the learning rate is planned over it")
+        schedule = create_schedule(optimizer, self.schedule_config, epochs, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        if hasattr(scheduler, "step_update"):  # timm's schedulers are told the update instead of counting
+            scheduler.step_update(num_updates=self.global_step)
+        else:
+            scheduler.step()
+
+    def on_fit_start(self) -> None:
+        self._first_gammas = {name: gamma.item() for name, gamma in self.grafts.gammas().items()}
+
+    def on_train_epoch_end(self) -> None:
+        gammas = {name: gamma.item() for name, gamma in self.grafts.gammas().items()}
+        for name, gamma in gammas.items():
+            self.log(f"gamma/{name.removesuffix('.gamma')}", gamma)
+        for group in self.optimizers(use_pl_optimizer=False).param_groups:  # type: ignore[union-attr]
+            self.log(f"lr/{group['name']}", group["lr"])
+        moved = [abs(gamma - self._first_gammas[name]) > GAMMA_MOVED for name, gamma in gammas.items()]
+        if self.current_epoch == 0 and moved and not any(moved):
+            warnings.warn(
+                f"no gamma has moved by more than {GAMMA_MOVED:g} in the first epoch: the grafts are as good as unused "
+                "so far. Raise optimizer.gamma_lr_scale (now "
+                f"{self.optimizer_config.gamma_lr_scale:g}), train longer, or graft at another site",
+                stacklevel=2,
+            )
+
+    def on_test_start(self) -> None:
+        if self.trainer.world_size > 1:
+            raise ConfigError(
+                f"testing on {self.trainer.world_size} processes would count some images twice: use trainer.devices: 1"
+            )
+        self.test_outputs = []
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_fit(self.state_dict(), checkpoint.get("state_dict", {}), "the checkpoint")
+
+
+def check_fit(own: dict[str, Tensor], state: dict[str, Tensor], what: str) -> None:
+    """Raise `CheckpointError`, naming keys, unless `state` has just the keys and shapes of `own`."""
+    problems = [f"{key} is missing" for key in own if key not in state]
+    problems += [f"{key} is not in the model" for key in state if key not in own]
+    problems += [
+        f"{key} is {tuple(state[key].shape)} instead of {tuple(tensor.shape)}"
+        for key, tensor in own.items()
+        if key in state and state[key].shape != tensor.shape
+    ]
+    if problems:
+        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError(f"{what} does not fit the model: {'; '.join(problems[:3])}{more}")
+
+
+def _freeze_host(network: nn.Module) -> None:
+    keep = {*grafts_of(network).parameters(), *find_head(network).parameters()}
+    for parameter in network.parameters():
+        parameter.requires_grad_(parameter in keep)

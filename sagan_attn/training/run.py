@@ -1,0 +1,138 @@
+"""The run folder: what one training run leaves behind, and how to get the model back.
+
+    config.yaml                what was run, every default filled in
+    environment.json           versions, machine, git revision, command, data fingerprint
+    classes.json               class names; a label is an index into them
+    transform.json             how an image becomes the model's input
+    metrics.csv                one row an epoch
+    tensorboard/               the same for TensorBoard
+    checkpoints/best.ckpt      of the epoch with the best validation accuracy
+    checkpoints/last.ckpt      of the last epoch
+    test_metrics.json          accuracy and loss on the test split, after `test`
+    test_logits.safetensors    logits [N, classes] float32 and labels [N] of the test split, in its order
+    predictions.csv            after `predict`
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from sagan_attn.errors import CheckpointError
+from sagan_attn.training.data import Preprocess
+from sagan_attn.training.hosts import HostConfig
+from sagan_attn.training.module import check_fit
+from sagan_attn.training.network import GraftConfig, build_network
+
+__all__ = ["Run", "RunPaths", "load_run", "write_json", "write_text"]
+
+
+class RunPaths:
+    """The files of a run folder."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.config = self.folder / "config.yaml"
+        self.environment = self.folder / "environment.json"
+        self.classes = self.folder / "classes.json"
+        self.transform = self.folder / "transform.json"
+        self.metrics = self.folder / "metrics.csv"
+        self.tensorboard = self.folder / "tensorboard"
+        self.checkpoints = self.folder / "checkpoints"
+        self.test_metrics = self.folder / "test_metrics.json"
+        self.test_logits = self.folder / "test_logits.safetensors"
+        self.predictions = self.folder / "predictions.csv"
+
+    def checkpoint(self, which: str) -> Path:
+        """Path of the checkpoint "best" or "last"."""
+        return self.checkpoints / f"{which}.ckpt"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model read back: `model(transform(image)[None])` gives logits over `classes`.
+
+    Args:
+        folder: where it was read from.
+        model: the network with its grafts, in eval mode on the CPU.
+        classes: class names.
+        transform: from a PIL image or a path to the model's input [3, S, S].
+        config: the run's resolved config.
+    """
+
+    folder: Path
+    model: nn.Module
+    classes: list[str]
+    transform: Preprocess
+    config: dict[str, Any]
+
+
+def load_run(path: str | Path, checkpoint: str = "best") -> Run:
+    """The model of a run folder, with its classes and transform. checkpoint: "best" or "last".
+
+    Runs no code from the files: hosts and blocks are looked up by name, weights are read as tensors alone.
+
+    Raises:
+        CheckpointError: a file is missing, unreadable or foreign, or the weights do not fit the config.
+    """
+    paths = RunPaths(path)
+    if not paths.folder.is_dir():
+        raise CheckpointError(f"there is no run folder {path}")
+    config = _read(paths.config, yaml.safe_load)
+    classes = _read(paths.classes, json.loads)
+    transform = Preprocess.from_dict(_read(paths.transform, json.loads))
+    try:
+        model_config = config["model"]
+        host = HostConfig(**{**model_config["host"], "pretrained": False, "weights": None})
+        grafts = [GraftConfig(**graft) for graft in model_config["grafts"] or []]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{paths.config} is not the config of a run: {error!r}") from error
+    model = build_network(host, grafts, len(classes), 3, transform.image_size)
+    model.load_state_dict(read_weights(paths.checkpoint(checkpoint), model))
+    return Run(paths.folder, model.eval(), classes, transform, config)
+
+
+def read_weights(path: Path, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The network's weights in a checkpoint. Raises `CheckpointError` unless they fit the model."""
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        state = {k.removeprefix("network."): v for k, v in content["state_dict"].items() if k.startswith("network.")}
+    except Exception as error:  # damaged and foreign files fail in many ways
+        raise CheckpointError(f"{path} is not a whole checkpoint of this library: {error}") from error
+    check_fit(model.state_dict(), state, str(path))
+    return state
+
+
+def _read(path: Path, parse: Any) -> Any:
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} is not a whole run folder: {path.name} is missing")
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file as a whole: the old one or the new one is there, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON as a whole file."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
