@@ -42,7 +42,8 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             f"input of shape {tuple(x.shape)} does not fit: a map [B, {weight.shape[1]}, H, W] is required"
         )
     if x.shape[2] == 0 or x.shape[3] == 0:
-        return torch.einsum("bchw,oc->bohw", x, weight[:, :, 0, 0])  # empty, but still part of the graph
+        empty = torch.einsum("bchw,oc->bohw", x, weight[:, :, 0, 0])  # the weights stay part of the graph
+        return empty if bias is None else empty + bias.to(empty.dtype)[:, None, None]
     return F.conv2d(x, weight, bias)
 
 

@@ -5,8 +5,8 @@ import torch
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _few_threads():
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+def _one_thread():
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

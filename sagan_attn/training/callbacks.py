@@ -37,7 +37,7 @@ class RunFolder(L.Callback):
         self.paths = paths
         self.config_text = config_text
         self.resumed = resumed
-        self._made = False
+        self._existed = paths.folder.exists()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit" and not self.resumed and trainer.is_global_zero and self.paths.config.exists():
@@ -50,7 +50,6 @@ class RunFolder(L.Callback):
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         print(_summary(pl_module))
-        self._made = not self.paths.folder.exists()
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         write_text(self.paths.config, self.config_text)
         write_json(self.paths.environment, environment(trainer) | {"data": describe(data)})
@@ -58,7 +57,7 @@ class RunFolder(L.Callback):
         write_json(self.paths.transform, data.preprocess.to_dict())
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if self._made and not any(self.paths.checkpoints.glob("*.ckpt")):
+        if not self._existed and not any(self.paths.checkpoints.glob("*.ckpt")):
             shutil.rmtree(self.paths.folder, ignore_errors=True)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -93,7 +92,7 @@ def _summary(module: Any) -> str:
 
 def describe(data: Any) -> dict[str, Any]:
     """What the data module says of its data, with their fingerprint."""
-    return data.describe() | {"fingerprint": data.fingerprint()}
+    return data.describe() | {"fingerprint": data.fingerprint("fit")}
 
 
 def environment(trainer: L.Trainer) -> dict[str, Any]:

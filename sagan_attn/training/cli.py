@@ -97,7 +97,7 @@ class SaganCLI(LightningCLI):
         callbacks = [*self._listed(trainer.callbacks), self.folder]
         if trainer.enable_model_summary is None:
             kwargs["enable_model_summary"] = False  # it does not know attention's FLOPs; ours says host and grafts
-        if self.subcommand == "fit" and trainer.enable_checkpointing is not False:
+        if trainer.enable_checkpointing is not False:
             callbacks.append(_checkpoints(paths, self.datamodule))
         if trainer.enable_progress_bar is not False and not _has(callbacks, "ProgressBar"):
             callbacks.append(RichProgressBar(leave=True))
@@ -161,7 +161,7 @@ def _checkpoints(paths: RunPaths, data: ImageData) -> ModelCheckpoint:
 
 def _quieten() -> None:
     """Keep advertisements and notes on Lightning's own inside from the terminal."""
-    for message in (".*treespec, LeafSpec.*", ".*smaller than the logging interval.*", ".*many workers.*"):
+    for message in (".*treespec, LeafSpec.*", ".*smaller than the logging interval.*", ".*many workers.*", "Checkpoint directory .* not empty"):
         warnings.filterwarnings("ignore", message=message)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "litlogger" not in record.getMessage())

@@ -159,6 +159,8 @@ class ClassifierModule(L.LightningModule):
         epochs = self.trainer.max_epochs
         if epochs is None or epochs < 1:
             raise ConfigError("trainer.max_epochs must be given, at least 1: the learning rate is planned over it")
+        if steps < 1:
+            raise ConfigError("there is nothing to train: the trainer's limits leave 0 training batches")
         schedule = create_schedule(optimizer, self.schedule_config, epochs, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -169,7 +171,18 @@ class ClassifierModule(L.LightningModule):
             scheduler.step()
 
     def on_fit_start(self) -> None:
+        if self.freeze_host:  # Lightning warns of modules in eval mode, which here are as they should be
+            warnings.filterwarnings("ignore", message="Found .* in eval mode at the start of training")
         self._first_gammas = {name: gamma.item() for name, gamma in self.grafts.gammas().items()}
+
+    def on_train_start(self) -> None:
+        schedule: Any = self.lr_schedulers()
+        planned = int(self.trainer.estimated_stepping_batches)
+        if getattr(schedule, "total_steps", None) not in (None, max(planned, 4)):  # restored from a checkpoint
+            raise CheckpointError(
+                f"the checkpoint planned its one-cycle learning rate over {schedule.total_steps} steps, this run takes "
+                f"{planned}: go on with the same epochs, data and batch size"
+            )
 
     def on_train_epoch_end(self) -> None:
         gammas = {name: gamma.item() for name, gamma in self.grafts.gammas().items()}

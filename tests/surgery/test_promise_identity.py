@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+import torchvision
 from hosts import HOSTS, WIDE_HOSTS, Host, assert_same, assert_unchanged, open_gates, snapshot
 
 from sagan_attn import graft, grafts_of, is_grafted, ungraft
@@ -150,3 +151,32 @@ def test_state_dict_loads_before_and_after():
     assert_same(model(host.images()), second.eval()(host.images()))
     ungraft(model)
     model.load_state_dict(pretrained, strict=True)
+
+
+def test_hooks_of_the_user_stay():
+    model, images = HOSTS["tiny"].build(), HOSTS["tiny"].images()
+    seen = []
+    first = model.top.register_forward_hook(lambda *_: seen.append("first"))
+    graft(model, "top", example_input=images)
+    model.top.register_forward_hook(lambda *_: seen.append("second"))
+    ungraft(model)
+    model(images)
+    assert seen == ["first", "first", "second"]  # once while the graft looked at the maps
+    first.remove()
+    assert len(model.top._forward_hooks) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("site", ["backbone.fpn.layer_blocks.0", "rpn.head.conv", "backbone.body.13"])
+def test_detector(site: str):
+    build = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn
+    torch.manual_seed(0)
+    model = build(weights=None, weights_backbone=None).eval()
+    images = [torch.randn(3, 64, 80)]
+    before, expected = snapshot(model), model(images)[0]["boxes"]
+    grafts = graft(model, site, example_input=images)
+    assert torch.equal(model(images)[0]["boxes"], expected)
+    open_gates(grafts)
+    assert not torch.equal(model(images)[0]["boxes"], expected)
+    ungraft(model)
+    assert_unchanged(model, before)

@@ -1,23 +1,9 @@
 """A small run, made once, that several tests look at."""
 
 import sys
-from pathlib import Path
 
 import pytest
-
-CONFIGS = Path(__file__).parents[2] / "configs"
-SMALL = [
-    "--config",
-    str(CONFIGS / "lookup.yaml"),
-    "--trainer.max_epochs=2",
-    "--trainer.accelerator=cpu",
-    "--model.schedule.warmup_epochs=1",
-    "--data.n_train=256",
-    "--data.n_val=64",
-    "--data.n_test=64",
-    "--data.batch_size=32",
-]
-
+from small_runs import SMALL
 
 @pytest.fixture(autouse=True)
 def no_arguments(monkeypatch):

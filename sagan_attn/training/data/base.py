@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from sagan_attn.errors import DataError
 from sagan_attn.training.data.augment import AugmentConfig, augment
+from sagan_attn.training.data.checks import require_at_least
 from sagan_attn.training.data.loaders import EpochSampler, TrainLoader, keep_batch
 from sagan_attn.training.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from sagan_attn.training.data.seeds import batch_seed, stateless_seed
@@ -71,11 +72,11 @@ class ImageData(L.LightningDataModule, ABC):
         std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        _at_least("batch_size", batch_size, 1)
-        _at_least("cache_bytes", cache_bytes, 0)
-        _at_least("num_workers", num_workers, 0)
+        require_at_least("batch_size", batch_size, 1)
+        require_at_least("cache_bytes", cache_bytes, 0)
+        require_at_least("num_workers", num_workers, 0)
         if limit_train is not None:
-            _at_least("limit_train", limit_train, 1)
+            require_at_least("limit_train", limit_train, 1)
         if not 0 <= val_fraction < 1:
             raise DataError(f"val_fraction ({val_fraction}) must lie in [0, 1)")
         self.name = name
@@ -95,8 +96,6 @@ class ImageData(L.LightningDataModule, ABC):
         self._model_preprocess: Preprocess | None = None
         self._sources: dict[Split, TensorSource | StreamSource] = {}
 
-    # What a data set says of itself -------------------------------------------------------------------------
-
     @abstractmethod
     def pictures(self, split: Split) -> Pictures | None:
         """The labelled pictures of a split; None for "val" where it is to be split off the training
@@ -113,8 +112,6 @@ class ImageData(L.LightningDataModule, ABC):
     def default_augment(self, image_size: int) -> AugmentConfig:
         """Crop and flip, as usual for photographs; the padding of 4 pixels at 32, in proportion."""
         return AugmentConfig(crop_padding=image_size // 8)
-
-    # Setting up ---------------------------------------------------------------------------------------------
 
     def use_preprocess(self, preprocess: Preprocess) -> None:
         """Prepare images as a pretrained model wants them; an image_size, mean or std the user gave
@@ -140,8 +137,10 @@ class ImageData(L.LightningDataModule, ABC):
         """
         wanted: dict[str | None, list[Split]] = {
             None: ["train", "val", "test"],
-            **dict.fromkeys(("fit", "validate"), ["train", "val"]),
-            **dict.fromkeys(("test", "predict"), ["test"]),
+            "fit": ["train", "val"],
+            "validate": ["train", "val"],
+            "test": ["test"],
+            "predict": ["test"],
         }
         if stage not in wanted:
             raise DataError(f"stage ({stage!r}) must be fit, validate, test, predict or None")
@@ -193,8 +192,6 @@ class ImageData(L.LightningDataModule, ABC):
             val = range(len(val_pictures.labels))
         return {"train": PicturePart(pictures, train), "val": PicturePart(val_pictures, val)}
 
-    # Loaders ------------------------------------------------------------------------------------------------
-
     def train_dataloader(self) -> DataLoader:
         source = self._ready_source("train")
         trainer = self.trainer
@@ -241,8 +238,7 @@ class ImageData(L.LightningDataModule, ABC):
         return source
 
     def _loader_options(self, source: TensorSource | StreamSource) -> dict[str, Any]:
-        # A held part needs no workers: a batch costs microseconds, and CUDA tensors cannot be shared with
-        # them.
+        # a held part needs no workers: a batch costs microseconds, and CUDA tensors cannot be shared
         workers = self.num_workers if isinstance(source, StreamSource) else 0
         trainer = self.trainer
         to_gpu = trainer is not None and trainer.strategy.root_device.type == "cuda"
@@ -256,17 +252,11 @@ class ImageData(L.LightningDataModule, ABC):
             "generator": torch.Generator().manual_seed(stateless_seed("workers", self.seed)),
         }
 
-    # On the device ------------------------------------------------------------------------------------------
-
     def _batches_done(self) -> int:
-        """Training batches of this epoch fetched before the one under way."""
-        if self.trainer is None or not self.trainer.training:
-            return 0
-        return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        """Batches of the trainer's epoch made ready before the one under way; no hook is told its number."""
+        return 0 if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
-    def on_after_batch_transfer(
-        self, batch: tuple[Tensor, Tensor], dataloader_idx: int
-    ) -> tuple[Tensor, Tensor]:
+    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """uint8 images to normalised ones in the trainer's precision; augmented while training, and only
         then."""
         images, labels = batch
@@ -282,8 +272,6 @@ class ImageData(L.LightningDataModule, ABC):
             images = self.preprocess.normalize(images)
         # Lightning converts the inputs before this hook, when they are still uint8
         return trainer.precision_plugin.convert_input((images, labels))
-
-    # Records ------------------------------------------------------------------------------------------------
 
     def fingerprint(self, stage: Literal["fit", "test"] = "fit") -> str:
         """sha256 (hex) of the name, sizes and content of the parts of `stage`, which are set up if need be.
@@ -310,8 +298,3 @@ class ImageData(L.LightningDataModule, ABC):
             "image_size": self.preprocess.image_size if ready else None,
             "augment": asdict(self.augment) if ready else None,
         }
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise DataError(f"{name} ({value!r}) must be a whole number of at least {least}")

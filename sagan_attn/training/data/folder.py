@@ -143,8 +143,7 @@ class FolderData(ImageData):
         if len(sizes) > 1 or width != height:
             found = f"from {min(sizes)} to {max(sizes)}" if len(sizes) > 1 else f"all {width} x {height}"
             raise DataError(
-                f"the images in {self.root} are not squares of one size ({found}, width and height): "
-                "give image_size"
+                f"the images in {self.root} are not squares of one size ({found}, width and height): give image_size"
             )
         return width
 
@@ -190,9 +189,7 @@ def _has_splits(root: Path) -> bool:
             "or class/file"
         )
     if "train" not in splits:
-        raise DataError(
-            f"{root} holds {splits} but no train folder: make it train/<class>/ and test/<class>/"
-        )
+        raise DataError(f"{root} holds {splits} but no train folder: make it train/<class>/ and test/<class>/")
     return True
 
 
@@ -217,7 +214,6 @@ def _list_images(folder: Path, classes: list[str]) -> FolderPictures:
                     labels.append(label)
         if len(files) == before:
             raise DataError(
-                f"the class folder {folder / name} holds no images ({', '.join(IMG_EXTENSIONS)}): fill or remove "
-                "it"
+                f"the class folder {folder / name} holds no images ({', '.join(IMG_EXTENSIONS)}): fill or remove it"
             )
     return FolderPictures(folder, files, labels)

@@ -14,16 +14,15 @@ __all__ = ["EpochSampler", "TrainLoader", "keep_batch"]
 
 
 def keep_batch(batch: Any) -> Any:
-    """The collate function of sources that hand over whole batches; a module-level name, so that workers find
-    it."""
+    """The collate function of sources that hand over whole batches; a module-level name, so that workers
+    find it."""
     return batch
 
 
 class EpochSampler(DistributedSampler):
-    """Shuffles by (seed, epoch) alone and leaves out the batches of this epoch that a resumed run has already
-    seen.
+    """Shuffles by (seed, epoch) alone; the first pass after a resume leaves out the batches already seen.
 
-    position: answers how many batches of the current epoch are done, asked when the first batch is fetched.
+    position: how many batches of the epoch are done; asked when that first pass fetches its first batch.
     """
 
     def __init__(
@@ -42,53 +41,49 @@ class EpochSampler(DistributedSampler):
         super().__init__(source, num_replicas, rank, shuffle=True, seed=order_seed, drop_last=drop_last)
         self.batch_size = batch_size
         self.position = position
+        self.resumed_from: dict[str, int] | None = None
 
     def __iter__(self) -> Iterator[int]:
-        return itertools.islice(super().__iter__(), self.position() * self.batch_size, None)
+        before, self.resumed_from = self.resumed_from, None
+        done = 0 if before is None else self.position()
+        if before is not None and done:
+            self._check_same_order(before)
+        return itertools.islice(super().__iter__(), done * self.batch_size, None)
+
+    def order(self) -> dict[str, int]:
+        """What the images of the n-th batch of an epoch depend on."""
+        return {
+            "images": len(self.dataset),  # type: ignore[arg-type]
+            "batch_size": self.batch_size,
+            "order_seed": self.seed,
+            "num_replicas": self.num_replicas,
+        }
+
+    def _check_same_order(self, before: dict[str, int]) -> None:
+        changed = [f"{key} {before[key]} -> {value}" for key, value in self.order().items() if before[key] != value]
+        if changed:
+            raise DataError(
+                "the checkpoint was written in mid-epoch and the order of the training images has changed "
+                f"({', '.join(changed)}): resume with the options of the first run, or from a checkpoint written at "
+                "an epoch's end"
+            )
 
 
 class TrainLoader(DataLoader):
     """A DataLoader that starts its workers at the first batch, and tells Lightning that it can resume.
 
     Lightning makes the iterator before it sets the sampler's epoch and restores its own progress; workers
-    that start then would prefetch the wrong epoch.
+    that start then would prefetch the wrong epoch. The position in the epoch is Lightning's to save; saved
+    here is what must not change for it to keep its meaning (a DataError when the first batch is fetched).
     """
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, int]:
-        """Lightning asks for this when it writes a checkpoint: what the position in the epoch depends on."""
-        if not isinstance(self.sampler, EpochSampler):  # Lightning puts its own in for overfit_batches
-            return {}
-        return {"batches_done": self.sampler.position(), **self._order()}
+        # Lightning puts another sampler in for overfit_batches
+        return self.sampler.order() if isinstance(self.sampler, EpochSampler) else {}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """The position itself is restored by Lightning's own progress; here it is checked that it still means
-        the same.
-
-        Raises:
-            DataError: the checkpoint lies in mid-epoch and another order or batch size would repeat some
-            images and
-                skip others.
-        """
-        if not isinstance(self.sampler, EpochSampler) or not state_dict:
-            return
-        mid_epoch = 0 < state_dict["batches_done"] < state_dict["batches"]
-        changed = [key for key, value in self._order().items() if state_dict[key] != value]
-        if mid_epoch and changed:
-            found = ", ".join(f"{key} {state_dict[key]} -> {self._order()[key]}" for key in changed)
-            raise DataError(
-                f"the checkpoint was written in mid-epoch and the order of the training images has changed "
-                f"({found}): resume with the options of the first run, or from a checkpoint written at an epoch's end"
-            )
-
-    def _order(self) -> dict[str, int]:
-        sampler = self.sampler
-        return {
-            "batches": len(self),
-            "images": len(sampler.dataset),  # type: ignore[attr-defined]
-            "batch_size": sampler.batch_size,  # type: ignore[attr-defined]
-            "order_seed": sampler.seed,  # type: ignore[attr-defined]
-            "num_replicas": sampler.num_replicas,  # type: ignore[attr-defined]
-        }
+        if isinstance(self.sampler, EpochSampler):
+            self.sampler.resumed_from = state_dict or None

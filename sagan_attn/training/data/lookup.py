@@ -13,6 +13,7 @@ from torch import Tensor
 from sagan_attn.errors import DataError
 from sagan_attn.training.data.augment import AugmentConfig
 from sagan_attn.training.data.base import ImageData, Split
+from sagan_attn.training.data.checks import require_at_least
 from sagan_attn.training.data.seeds import stateless_seed
 from sagan_attn.training.data.sources import ArrayPictures
 
@@ -47,8 +48,7 @@ def make_lookup(digits: Tensor, labels: Tensor, n: int, seed: int) -> LookupSpli
     Raises:
         DataError: n below 1, or a class without a digit in the pool.
     """
-    if n < 1:
-        raise DataError(f"n ({n}) must be at least 1")
+    require_at_least("n", n, 1)
     counts = labels.bincount(minlength=10)
     if len(counts) != 10 or not counts.min():
         raise DataError(f"the digit pool must hold every class, 0 to 9; digits a class: {counts.tolist()}")
@@ -90,9 +90,7 @@ def lookup_digits(train: bool) -> tuple[Tensor, Tensor]:
     # RandomState's stream is frozen by numpy's policy, so the choice outlives versions
     order = np.random.RandomState(0).permutation(len(classes))
     rows = order[:TRAIN_DIGITS] if train else order[TRAIN_DIGITS:]
-    return torch.from_numpy(pixels[rows].astype(np.uint8)).view(-1, 8, 8), torch.from_numpy(
-        classes[rows]
-    ).long()
+    return torch.from_numpy(pixels[rows].astype(np.uint8)).view(-1, 8, 8), torch.from_numpy(classes[rows]).long()
 
 
 class LookupData(ImageData):
@@ -122,8 +120,7 @@ class LookupData(ImageData):
         drop_last: bool = True,
     ) -> None:
         for name, value, least in (("n_train", n_train, 1), ("n_val", n_val, 0), ("n_test", n_test, 1)):
-            if value < least:
-                raise DataError(f"{name} ({value}) must be at least {least}")
+            require_at_least(name, value, least)
         super().__init__(
             name="lookup",
             batch_size=batch_size,

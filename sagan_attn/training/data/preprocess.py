@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from sagan_attn.errors import DataError
+from sagan_attn.training.data.checks import require_at_least
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Preprocess", "open_image"]
 
@@ -41,8 +42,7 @@ class Preprocess:
     crop_pct: float = 1.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.image_size, bool) or not isinstance(self.image_size, int) or self.image_size < 1:
-            raise DataError(f"image_size ({self.image_size!r}) must be a whole number of at least 1")
+        require_at_least("image_size", self.image_size, 1)
         for field in ("mean", "std"):
             value = getattr(self, field)
             if not isinstance(value, (tuple, list)) or len(value) != 3 or not all(map(_is_number, value)):

@@ -14,9 +14,7 @@ def seeded_order(n: int, purpose: str, *parts: int) -> list[int]:
     return torch.randperm(n, generator=generator).tolist()
 
 
-def split_indices(
-    n: int, val_fraction: float, seed: int, limit_train: int | None
-) -> tuple[list[int], list[int]]:
+def split_indices(n: int, val_fraction: float, seed: int, limit_train: int | None) -> tuple[list[int], list[int]]:
     """Disjoint (train, val) indices into n training images, each ascending.
 
     The validation part depends on n, `val_fraction` and `seed` only, so a limited run validates on the same images.

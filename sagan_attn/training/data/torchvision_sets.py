@@ -21,18 +21,19 @@ from sagan_attn.training.data.sources import ArrayPictures
 __all__ = ["CIFARData", "TorchvisionData"]
 
 
+# mean and standard deviation per channel over the training images
+_CIFAR_STATISTICS = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+
+
 class CIFARData(ImageData):
     """CIFAR-10 or CIFAR-100 (https://www.cs.toronto.edu/~kriz/cifar.html), 32 x 32, downloaded to `root` if
     need be.
 
     Crop of 4 pixels and flip by default. See `ImageData` for the other options.
     """
-
-    # per channel over the training images
-    _STATISTICS = {
-        "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-        "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    }
 
     def __init__(
         self,
@@ -49,7 +50,7 @@ class CIFARData(ImageData):
         limit_train: int | None = None,
         drop_last: bool = True,
     ) -> None:
-        if name not in self._STATISTICS:
+        if name not in _CIFAR_STATISTICS:
             raise DataError(f"name ({name!r}) must be cifar10 or cifar100")
         super().__init__(
             name=name,
@@ -63,7 +64,7 @@ class CIFARData(ImageData):
             limit_train=limit_train,
             drop_last=drop_last,
         )
-        self.default_mean, self.default_std = self._STATISTICS[name]
+        self.default_mean, self.default_std = _CIFAR_STATISTICS[name]
         self.root = root
         self.download = download
         self._dataset_class = CIFAR10 if name == "cifar10" else CIFAR100
@@ -225,9 +226,7 @@ def _split_arguments(dataset_class: type[VisionDataset], split: Literal["train",
         return {"train": split == "train"}
     if "split" in parameters:
         return {"split": split}
-    raise DataError(
-        f"{dataset_class.__name__} has no `train` and no `split` argument: give train_args and test_args"
-    )
+    raise DataError(f"{dataset_class.__name__} has no `train` and no `split` argument: give train_args and test_args")
 
 
 def _open_dataset(dataset_class: type[VisionDataset], root: str, arguments: dict[str, Any]) -> Any:

@@ -83,16 +83,16 @@ def test_truncated_images_are_named(split_folder, save_image, size):
         save_image(path, 1, size)
     path = split_folder / "train/dog/011.png"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(DataError, match="cannot read the image .*train/dog/011.png"):
+    with pytest.raises(DataError, match=r"cannot read the image .*train/dog/011.png"):
         ready(split_folder, val_fraction=0)
     data = ready(split_folder, val_fraction=0, cache_bytes=0)  # streamed: only when it is decoded
-    with pytest.raises(DataError, match="cannot read the image .*train/dog/011.png"):
+    with pytest.raises(DataError, match=r"cannot read the image .*train/dog/011.png"):
         list(data.train_dataloader())
 
 
 def test_unreadable_headers_are_named(split_folder):
     (split_folder / "train/dog/011.png").write_bytes(b"nothing")
-    with pytest.raises(DataError, match="cannot read the image .*train/dog/011.png"):
+    with pytest.raises(DataError, match=r"cannot read the image .*train/dog/011.png"):
         ready(split_folder)
 
 
@@ -123,9 +123,9 @@ def test_each_wrong_folder_has_its_message(split_folder, damage, message):
 def test_fractions_that_leave_nothing(split_folder):
     with pytest.raises(DataError, match=r"test_fraction \(1.0\) must lie in \(0, 1\)"):
         FolderData(str(split_folder), test_fraction=1.0)
-    with pytest.raises(DataError, match="test_fraction .* leaves 0 to test on"):
+    with pytest.raises(DataError, match=r"test_fraction .* leaves 0 to test on"):
         ready(split_folder / "train", test_fraction=0.01)
-    with pytest.raises(DataError, match="val_fraction .* of 40 training images leaves 40 to train on and 0"):
+    with pytest.raises(DataError, match=r"val_fraction .* of 40 training images leaves 40 to train on and 0"):
         ready(split_folder, val_fraction=0.01)
     with pytest.raises(DataError, match=r"limit_train \(37\) exceeds the 36 training images"):
         ready(split_folder, limit_train=37)

@@ -88,9 +88,9 @@ def test_validation_size_is_exact():
 
 
 def test_refusals(pool):
-    with pytest.raises(DataError, match=r"n \(0\) must be at least 1"):
+    with pytest.raises(DataError, match=r"n \(0\) must be a whole number of at least 1"):
         make_lookup(*pool, 0, seed=0)
     with pytest.raises(DataError, match="every class, 0 to 9"):
         make_lookup(pool[0][:3], pool[1][:3], 5, seed=0)
-    with pytest.raises(DataError, match=r"n_test \(0\) must be at least 1"):
+    with pytest.raises(DataError, match=r"n_test \(0\) must be a whole number of at least 1"):
         LookupData(n_test=0)

@@ -23,22 +23,16 @@ def lookup(**options) -> LookupData:
 class Recorder(L.LightningModule):
     """Learns a little, and writes down every training batch as the network sees it."""
 
-    def __init__(self, size: int = 48, stop_after: int | None = None):
+    def __init__(self):
         super().__init__()
-        self.net = nn.Sequential(nn.Flatten(), nn.Linear(3 * size * size, 10))
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 48 * 48, 10))
         self.seen: list[tuple[int, int, torch.Tensor]] = []
         self.evaluated: list[torch.Tensor] = []
-        self.stop_after = stop_after
 
     def training_step(self, batch, batch_idx):
         images, labels = batch
         self.seen.append((self.current_epoch, batch_idx, images.detach().clone()))
         return nn.functional.cross_entropy(self.net(images), labels)
-
-    def on_train_batch_end(self, *args):
-        if len(self.seen) == self.stop_after:
-            self.trainer.save_checkpoint(self.trainer.default_root_dir + "/mid.ckpt")
-            raise KeyError("crash")
 
     def validation_step(self, batch, batch_idx):
         self.evaluated.append(batch[0].clone())
@@ -144,7 +138,9 @@ def test_cached_and_streamed_batches_are_identical(split_folder, save_image, wor
         data.setup()
         loader = data.train_dataloader()
         loader.sampler.set_epoch(2)
-        return [tensor for part in (loader, data.val_dataloader(), data.test_dataloader()) for b in part for tensor in b]
+        return [
+            tensor for part in (loader, data.val_dataloader(), data.test_dataloader()) for b in part for tensor in b
+        ]
 
     cached, streamed = batches(), batches(cache_bytes=0, num_workers=workers)
     assert len(cached) == len(streamed)
@@ -184,7 +180,7 @@ def test_a_pretrained_models_preprocess():
     late.use_preprocess(p)
     assert late._sources["train"].images.shape[2:] == (24, 24)
     assert late.describe()["sizes"] == {"train": 48, "val": 8}
-    images, labels = late.on_after_batch_transfer(next(iter(late.train_dataloader())), 0)
+    images, _ = late.on_after_batch_transfer(next(iter(late.train_dataloader())), 0)
     assert torch.equal(images, p.normalize(next(iter(late.train_dataloader()))[0]))
 
 
@@ -290,19 +286,58 @@ def test_batches_come_in_the_trainers_precision(tmp_path, precision):
     assert model.seen[0][2].dtype == model.evaluated[0].dtype == expected
 
 
-@pytest.mark.parametrize("streamed", [False, True])
-def test_a_resumed_run_goes_on_where_it_stopped(tmp_path, streamed):
+class StopAt(L.Callback):
+    """Writes a checkpoint in one of the trainer's hooks, once `seen` batches are through, and crashes."""
+
+    def __init__(self, hook: str, seen: int):
+        self.seen = seen
+        setattr(self, hook, self._stop)
+
+    def _stop(self, trainer, module, *args):
+        if len(module.seen) == self.seen:
+            trainer.save_checkpoint(trainer.default_root_dir + "/stopped.ckpt")
+            raise KeyError("crash")
+
+
+@pytest.mark.parametrize(
+    ("hook", "seen", "streamed"),
+    [
+        ("on_train_batch_end", 8, False),  # two batches into the second of three epochs of six
+        ("on_train_batch_end", 8, True),
+        ("on_train_batch_end", 12, False),
+        ("on_validation_end", 9, False),
+        ("on_validation_end", 12, False),
+        ("on_train_epoch_end", 12, False),
+    ],
+)
+def test_a_resumed_run_goes_on_where_it_stopped(tmp_path, hook, seen, streamed):
     options = {"augment": CROPS} | ({"cache_bytes": 0, "num_workers": 1} if streamed else {})
-    whole = Recorder()
-    trainer(tmp_path, max_epochs=3).fit(whole, lookup(**options))
-    stopped = Recorder(stop_after=8)  # two batches into the second of three epochs of six
+    schedule = {"max_epochs": 3, "val_check_interval": 3, "num_sanity_val_steps": 0}
+    whole, stopped, resumed = Recorder(), Recorder(), Recorder()
+    trainer(tmp_path, **schedule).fit(whole, lookup(**options))
     with pytest.raises(KeyError, match="crash"):
-        trainer(tmp_path, max_epochs=3).fit(stopped, lookup(**options))
-    resumed = Recorder()
-    trainer(tmp_path, max_epochs=3).fit(resumed, lookup(**options), ckpt_path=tmp_path / "mid.ckpt")
+        trainer(tmp_path, **schedule, callbacks=[StopAt(hook, seen)]).fit(stopped, lookup(**options))
+    path = tmp_path / "stopped.ckpt"
+    trainer(tmp_path, **schedule).fit(resumed, lookup(**options), ckpt_path=path)
     assert len(whole.seen) == 18
     for expected, got in zip(whole.seen, stopped.seen + resumed.seen, strict=True):
         assert expected[:2] == got[:2]
         assert torch.equal(expected[2], got[2])
-    with pytest.raises(DataError, match="mid-epoch .*batch_size 8 -> 4"):
-        trainer(tmp_path, max_epochs=3).fit(Recorder(), lookup(**options, batch_size=4), ckpt_path=tmp_path / "mid.ckpt")
+
+
+def test_a_resume_in_mid_epoch_needs_the_same_order(tmp_path):
+    with pytest.raises(KeyError, match="crash"):
+        trainer(tmp_path, callbacks=[StopAt("on_train_batch_end", 2)]).fit(Recorder(), lookup())
+    with pytest.raises(DataError, match=r"mid-epoch .*batch_size 8 -> 4"):
+        trainer(tmp_path).fit(Recorder(), lookup(batch_size=4), ckpt_path=tmp_path / "stopped.ckpt")
+
+
+def test_the_train_loader_is_whole_inside_hooks(tmp_path):
+    counts = []
+
+    class Recount(L.Callback):
+        def on_train_epoch_end(self, trainer, module):
+            counts.append(sum(len(labels) for _, labels in trainer.train_dataloader))
+
+    trainer(tmp_path, max_epochs=2, callbacks=[Recount()]).fit(Recorder(), lookup())
+    assert counts == [48, 48]

@@ -121,9 +121,9 @@ def test_bad_fields_are_named(values, message):
 def test_unreadable_files_are_named(tmp_path, content):
     path = tmp_path / "broken.jpg"
     path.write_bytes(content)
-    with pytest.raises(DataError, match="cannot read the image .*broken.jpg"):
+    with pytest.raises(DataError, match=r"cannot read the image .*broken.jpg"):
         Preprocess(8)(path)
-    with pytest.raises(DataError, match="cannot read the image .*missing.jpg"):
+    with pytest.raises(DataError, match=r"cannot read the image .*missing.jpg"):
         Preprocess(8)(tmp_path / "missing.jpg")
 
 

@@ -1,0 +1,134 @@
+"""`sites` against numbers worked out by hand, and against what `graft` accepts."""
+
+import copy
+
+import pytest
+import torch
+from hosts import HOSTS, WIDE_HOSTS, Tiny, assert_unchanged, rng_states, snapshot
+from torch import nn
+
+from sagan_attn import Site, graft, sites
+from sagan_attn.errors import BlockError, GraftError
+
+IMAGE = torch.zeros(2, 3, 32, 48)
+
+
+def named(found: list[Site]) -> dict[str, Site]:
+    return {site.name: site for site in found}
+
+
+def test_numbers_by_hand():
+    site = named(sites(Tiny(), IMAGE))["top"]
+    b, c, n, d = 2, 16, 8 * 12, 2
+    parameters = 2 * (c * d + d) + (c * c + c) + 1
+    flops = 2 * b * n * c * (d + d + c) + 2 * b * n * n * (d + c)
+    assert site == Site("top", 16, 8, 12, "NCHW", 1, parameters, flops, 4 * b * n * n)
+    for part in ("top", "16 x 8 x 12", "NCHW", f"+{parameters:,} parameters", "MFLOPs", "weights 0.07 MB"):
+        assert part in str(site)
+
+
+def test_options_change_the_numbers():
+    options = {"pool": 2, "heads": 2, "value_channels": 8, "bias": False}
+    site = named(sites(Tiny(), IMAGE, options=options))["top"]
+    b, c, n, m, d, v = 2, 16, 96, 24, 2, 8
+    assert site.parameters == 2 * c * d + 2 * c * v + 1
+    assert site.flops == 2 * b * n * c * (2 * d + 2 * v) + 2 * b * n * m * (d + v)
+    assert site.map_bytes == 4 * b * 2 * n * m
+
+
+def test_block_without_weights():
+    site = named(sites(Tiny(), IMAGE, block="context-mean"))["top"]
+    assert site.map_bytes is None
+    assert site.parameters == (16 * 16 + 16) + (16 * 2 + 2) + 2 * 16 + 1
+    assert site.flops == 2 * 2 * 96 * (16 * 16 + 2 * 16 * 2)
+    assert "weights" not in str(site)
+
+
+class Heads(nn.Module):
+    """One head run on two maps, as in detectors; the second is larger."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Conv2d(3, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        small = self.head(x[:1, :, ::4, ::4])
+        return self.head(x).mean((1, 2, 3)) + small.mean()
+
+
+def test_a_module_that_fires_on_maps_of_several_sizes():
+    model = Heads()
+    (site,) = sites(model, torch.zeros(3, 3, 8, 8))
+    assert (site.calls, site.height, site.width) == (2, 2, 2)
+    assert site.map_bytes == 4 * 3 * 64 * 64
+    assert site.flops == sum(2 * b * n * 8 * (1 + 1 + 8) + 2 * b * n * n * (1 + 8) for b, n in [(1, 4), (3, 64)])
+    x = torch.randn(3, 3, 8, 8)
+    expected = model(x)
+    graft(model, "head", example_input=x)
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["tiny", "tv-resnet18", *(pytest.param(n, marks=pytest.mark.slow) for n in ("regnet", "densenet", "swin"))]
+)
+def test_sites_are_the_places_graft_accepts(name: str):
+    host = {**HOSTS, **WIDE_HOSTS}[name]
+    model, image = host.build(), host.images(1)
+    found = named(sites(model, image))
+    names = [n for n, _ in model.named_modules() if n]
+    assert list(found) == [n for n in names if n in found]
+    fresh = copy.deepcopy(model)
+    refused = set()
+    for place in names if name in ("tiny", "tv-resnet18") else names[::7]:
+        try:
+            grafts = graft(fresh, place, example_input=image)
+        except GraftError:
+            refused.add(place)
+        else:
+            assert grafts[0].block.channels == found[place].channels
+            assert sum(p.numel() for p in grafts.parameters()) == found[place].parameters
+            grafts.remove()
+            assert place in found
+    assert not refused & set(found)
+    assert refused
+
+
+def test_all_sites_at_once_change_nothing():
+    host = HOSTS["tiny"]
+    model, images = host.build(), host.images()
+    expected = model(images)
+    places = {site.name: {"name": f"g{i}"} for i, site in enumerate(sites(model, images))}
+    assert len(graft(model, places, example_input=images)) == len(places)
+    assert torch.equal(model(images), expected)
+    assert {s.name for s in sites(model, images)} == set(places)  # and grafts are no sites
+
+
+def test_model_is_left_alone():
+    model = HOSTS["tiny"].build().train()
+    before, random = snapshot(model), rng_states()
+    sites(model, IMAGE)
+    assert_unchanged(model, before)
+    assert rng_states() == random
+
+
+def test_layout_of_swin():
+    host = WIDE_HOSTS["swin"]
+    site = named(sites(host.build(), host.images(1)))["layers.1"]
+    assert (site.layout, site.channels, site.height, site.width) == ("NHWC", 192, 8, 8)
+
+
+def test_options_that_fit_some_places_only():
+    model = nn.Sequential(nn.Conv2d(3, 24, 1), nn.Conv2d(24, 32, 1))
+    assert [site.name for site in sites(model, IMAGE, options={"heads": 3})] == ["0"]
+    with pytest.raises(BlockError, match=r"heads \(5\) must divide the query channels"):
+        sites(model, IMAGE, options={"heads": 5})
+    with pytest.raises(BlockError, match="block 'sagan' has no option 'head'"):
+        sites(model, IMAGE, options={"head": 5})
+    with pytest.raises(BlockError, match="unknown block 'sagen'"):
+        sites(model, IMAGE, block="sagen")
+
+
+def test_without_example_input():
+    assert named(sites(Tiny()))["top"].height == 56
+    with pytest.raises(GraftError, match="no input size can be worked out"):
+        sites(nn.Sequential(nn.ReLU()))

@@ -1,0 +1,76 @@
+"""The arrows between the package's parts (DESIGN.md), read from the source."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sagan_attn
+
+ROOT = Path(sagan_attn.__file__).parent
+LAYERS = {
+    "errors": set(),
+    "functional": {"errors", "kernels"},  # kernels through one lazy door
+    "kernels": {"errors", "functional"},
+    "blocks": {"errors", "functional", "kernels"},
+    "surgery": {"errors", "functional", "kernels", "blocks"},
+}
+LAYERS["viz"] = LAYERS["bench"] = {*LAYERS["surgery"], "surgery"}
+LAYERS["training"] = {*LAYERS["viz"], "viz", "bench"}
+LAYERS["ablation"] = {*LAYERS["training"], "training"}
+LAYERS["__main__"] = {*LAYERS["ablation"], "ablation"}
+HEAVY = {"lightning", "matplotlib", "timm", "torchvision", "pytorch_lightning", "sklearn", "pandas", "jsonargparse"}
+FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+
+def layer_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> list[str]:
+    """Full names of the modules a file imports anywhere, in functions too."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in {path}"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_arrows(path: Path):
+    layer = layer_of(path)
+    assert layer in LAYERS, f"{path} is in no layer of DESIGN.md"
+    own = [name.split(".") for name in imported(path) if name.split(".")[0] == "sagan_attn"]
+    for parts in own:
+        assert len(parts) > 1, f"{path} imports the package root"
+        if parts[1] in LAYERS:
+            assert parts[1] == layer or parts[1] in LAYERS[layer], f"{layer} imports {'.'.join(parts)}"
+        else:
+            assert parts[1] == "__version__", f"{layer} imports {'.'.join(parts)}"
+    if layer in LAYERS["surgery"] | {"surgery"}:
+        heavy = {name.split(".")[0] for name in imported(path)} & HEAVY
+        assert not heavy, f"{path} imports {heavy}"
+
+
+def test_the_arrows_are_seen():
+    assert "torch.nn" in imported(ROOT / "surgery" / "point.py")
+    assert "torch.utils.flop_counter.FlopCounterMode" in imported(ROOT / "surgery" / "sites.py")  # a lazy one
+    assert {layer_of(path) for path in FILES} >= {"errors", "functional", "blocks", "surgery"}
+
+
+def test_importing_the_package_loads_torch_alone():
+    forbidden = ["lightning", "matplotlib", "timm", "torchvision", "sklearn", "torch._dynamo", "pandas"]
+    code = f"import sys, sagan_attn; print([name for name in {forbidden} if name in sys.modules])"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "[]"
+
+
+def test_public_names_exist():
+    for name in sagan_attn.__all__:
+        assert getattr(sagan_attn, name) is not None
+    assert sagan_attn.__all__ == sorted(sagan_attn.__all__)
