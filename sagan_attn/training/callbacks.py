@@ -75,7 +75,7 @@ class RunFolder(L.Callback):
         """predictions.csv: for each image of the test split, in its order, the class and each class's probability."""
         probabilities = torch.cat(list(batches))
         table = pd.DataFrame(probabilities.numpy(), columns=list(classes))
-        table.insert(0, "prediction", [classes[i] for i in probabilities.argmax(dim=1)])
+        table.insert(0, "prediction", [classes[i] for i in probabilities.argmax(dim=1).tolist()])
         table.index.name = "index"
         write_text(self.paths.predictions, table.to_csv())
 

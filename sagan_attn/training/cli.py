@@ -75,7 +75,9 @@ class SaganCLI(LightningCLI):
         elif options.run_dir is None and checkpoint:
             options.run_dir = str(Path(checkpoint).parent.parent)
         elif options.run_dir is None:
-            raise ConfigError(f"{command} needs a run: --run_dir <folder>, or --ckpt_path <folder>/checkpoints/best.ckpt")
+            raise ConfigError(
+                f"{command} needs a run: --run_dir <folder>, or --ckpt_path <folder>/checkpoints/best.ckpt"
+            )
         if command != "fit" and not checkpoint:
             options.ckpt_path = str(RunPaths(options.run_dir).checkpoint("best"))
         if options.get("ckpt_path") and not Path(options.ckpt_path).is_file():
@@ -93,7 +95,7 @@ class SaganCLI(LightningCLI):
             saved.pop(argument, None)
         config_text = self._parser(self.subcommand).dump(saved, skip_validation=True, format="yaml")
         self.folder = RunFolder(paths, config_text, resumed=bool(options.get("ckpt_path")))
-        trainer = self.config_init[self.subcommand].trainer
+        trainer = self.config_init[self.config["subcommand"]].trainer
         callbacks = [*self._listed(trainer.callbacks), self.folder]
         if trainer.enable_model_summary is None:
             kwargs["enable_model_summary"] = False  # it does not know attention's FLOPs; ours says host and grafts
@@ -161,7 +163,12 @@ def _checkpoints(paths: RunPaths, data: ImageData) -> ModelCheckpoint:
 
 def _quieten() -> None:
     """Keep advertisements and notes on Lightning's own inside from the terminal."""
-    for message in (".*treespec, LeafSpec.*", ".*smaller than the logging interval.*", ".*many workers.*", "Checkpoint directory .* not empty"):
+    for message in (
+        ".*treespec, LeafSpec.*",
+        ".*smaller than the logging interval.*",
+        ".*many workers.*",
+        "Checkpoint directory .* not empty",
+    ):
         warnings.filterwarnings("ignore", message=message)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "litlogger" not in record.getMessage())

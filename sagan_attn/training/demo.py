@@ -57,7 +57,9 @@ def default_run(config: Path) -> None:
         folder / "results.json",
         {"rows": [asdict(row) for row in rows], "share_mean": float(shares.mean()), "over_0.9": right},
     )
-    console.print(f"Picture: {folder / 'attention.png'}\nCheckpoint: {folder / 'sagan/checkpoints/best.ckpt'}\nAll: {folder}")
+    console.print(
+        f"Picture: {folder / 'attention.png'}\nCheckpoint: {folder / 'sagan/checkpoints/best.ckpt'}\nAll: {folder}"
+    )
 
 
 def _train(config: Path, folder: Path, variant: str, block: str | None) -> Row:
@@ -80,9 +82,7 @@ def _table(rows: list[Row]) -> Table:
     labels = {"host": "host alone", "context-max": "host + context-max (control)", "sagan": "host + sagan (attention)"}
     for row in rows:
         gamma = "" if row.gamma is None else f"{row.gamma:.2f}"
-        table.add_row(
-            labels[row.variant], f"{row.accuracy:.3f}", f"{row.parameters:,}", f"{row.seconds:.0f}", gamma
-        )
+        table.add_row(labels[row.variant], f"{row.accuracy:.3f}", f"{row.parameters:,}", f"{row.seconds:.0f}", gamma)
     return table
 
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import timm.optim
-import timm.scheduler
+from timm.optim import create_optimizer_v2, param_groups_layer_decay  # pyright: ignore[reportPrivateImportUsage]
+from timm.scheduler import create_scheduler_v2  # pyright: ignore[reportPrivateImportUsage]
 from torch import nn, optim
 
 from sagan_attn.errors import ConfigError
@@ -92,7 +92,7 @@ def create_optimizer(model: nn.Module, config: OptimizerConfig) -> optim.Optimiz
     """The optimizer over `parameter_groups`. Raises `ConfigError` for a name or option timm does not have."""
     groups = parameter_groups(model, config)
     try:
-        return timm.optim.create_optimizer_v2(
+        return create_optimizer_v2(
             groups,
             opt=config.name,
             lr=config.lr,
@@ -116,7 +116,7 @@ def create_schedule(optimizer: optim.Optimizer, config: ScheduleConfig, epochs: 
         steps = max(steps, 4)  # torch divides by the steps of each phase less one
         rise = max(config.warmup_epochs / epochs, 2 / steps)
         return optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps, pct_start=rise)
-    scheduler, _ = timm.scheduler.create_scheduler_v2(
+    scheduler, _ = create_scheduler_v2(
         optimizer,
         sched="cosine",
         num_epochs=epochs,
@@ -133,7 +133,7 @@ def create_schedule(optimizer: optim.Optimizer, config: ScheduleConfig, epochs: 
 def _layers(model: nn.Module) -> dict[nn.Parameter, int]:
     """Depth of each parameter's layer, counted from the head (0) towards the input."""
     if hasattr(model, "group_matcher"):  # timm says what its layers are; names inside a graft start like its site's
-        groups = timm.optim.param_groups_layer_decay(model, layer_decay=0.5)
+        groups = param_groups_layer_decay(model, layer_decay=0.5)
         return {p: round(-math.log2(group["lr_scale"])) for group in groups for p in group["params"]}
     units = [(".".join(_unit(name.split("."))), p) for name, p in model.named_parameters()]
     order = list(dict.fromkeys(unit for unit, _ in units))

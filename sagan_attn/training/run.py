@@ -1,16 +1,16 @@
 """The run folder: what one training run leaves behind, and how to get the model back.
 
-    config.yaml                what was run, every default filled in
-    environment.json           versions, machine, git revision, command, data fingerprint
-    classes.json               class names; a label is an index into them
-    transform.json             how an image becomes the model's input
-    metrics.csv                one row an epoch
-    tensorboard/               the same for TensorBoard
-    checkpoints/best.ckpt      of the epoch with the best validation accuracy
-    checkpoints/last.ckpt      of the last epoch
-    test_metrics.json          accuracy and loss on the test split, after `test`
-    test_logits.safetensors    logits [N, classes] float32 and labels [N] of the test split, in its order
-    predictions.csv            after `predict`
+config.yaml                what was run, every default filled in
+environment.json           versions, machine, git revision, command, data fingerprint
+classes.json               class names; a label is an index into them
+transform.json             how an image becomes the model's input
+metrics.csv                one row an epoch
+tensorboard/               the same for TensorBoard
+checkpoints/best.ckpt      of the epoch with the best validation accuracy
+checkpoints/last.ckpt      of the last epoch
+test_metrics.json          accuracy and loss on the test split, after `test`
+test_logits.safetensors    logits [N, classes] float32 and labels [N] of the test split, in its order
+predictions.csv            after `predict`
 """
 
 import json

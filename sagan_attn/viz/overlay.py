@@ -32,7 +32,6 @@ def attention_overlay(
     figure = Figure(figsize=(1.9 * count + 0.7, 4.6), layout="constrained")
     axes = figure.subplots(2, count, squeeze=False)
     top = max(float(weight.max()) for weight in weights)
-    layer = None
     for column, (image, weight, (row, col)) in enumerate(zip(images, weights, queries, strict=True)):
         _, height, width = image.shape
         picture = image.permute(1, 2, 0).cpu().numpy()
@@ -41,7 +40,7 @@ def attention_overlay(
         axes[0, column].imshow(picture, extent=extent)
         grey = torch.from_numpy(picture).float().mean(dim=-1).numpy()
         axes[1, column].imshow(grey, extent=extent, cmap="gray", vmin=0, vmax=255)
-        layer = axes[1, column].imshow(
+        axes[1, column].imshow(
             weight.float().cpu().numpy(), extent=extent, cmap="viridis", alpha=0.65, vmin=0, vmax=top
         )
         for axis in axes[:, column]:
@@ -51,6 +50,6 @@ def attention_overlay(
             axis.set_yticks([])
         if titles is not None:
             axes[0, column].set_title(titles[column], fontsize=10)
-    figure.colorbar(layer, ax=axes[1, :].tolist(), label="attention weight of the cross", shrink=0.9)
+    figure.colorbar(axes[1, 0].images[-1], ax=axes[1, :].tolist(), label="attention weight of the cross", shrink=0.9)
     figure.suptitle(title, fontsize=11)
     return figure

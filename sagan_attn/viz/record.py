@@ -19,7 +19,9 @@ def attention_at(model: nn.Module, graft: Graft, images: Tensor, queries: Tensor
         GraftError: the block has no attention weights, or did not run.
     """
     if not hasattr(graft.block, "attention_weights"):
-        raise GraftError(f"graft {graft.name!r} at {graft.site!r} is a {type(graft.block).__name__}: no attention weights")
+        raise GraftError(
+            f"graft {graft.name!r} at {graft.site!r} is a {type(graft.block).__name__}: no attention weights"
+        )
     inputs: list[Tensor] = []
     handle = graft.block.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     try:
@@ -28,6 +30,8 @@ def attention_at(model: nn.Module, graft: Graft, images: Tensor, queries: Tensor
     finally:
         handle.remove()
     if not inputs:
-        raise GraftError(f"graft {graft.name!r} at {graft.site!r} did not run: it is disabled or its module never fires")
+        raise GraftError(
+            f"graft {graft.name!r} at {graft.site!r} did not run: it is disabled or its module never fires"
+        )
     with torch.no_grad():
         return graft.block.attention_weights(inputs[0], queries)  # type: ignore[operator]

@@ -156,12 +156,12 @@ def test_seed_alone_decides_the_weights():
 
 @pytest.mark.parametrize("block", ["sagan", SelfAttention2d])
 def test_defaults_of_torch_do_not_matter(block):
-    expected = weights(block=block, name="a")
+    expected = weights("top", block=block, name="a")
     model = HOST.build()
     try:
         torch.set_default_dtype(torch.float64)
         torch.set_default_device("meta")
-        graft(model, "stage", block=block, name="a")
+        graft(model, "top", block=block, name="a")
         assert torch.get_default_dtype() == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)

@@ -99,7 +99,9 @@ def test_pretrained_without_a_network_says_so(monkeypatch):
 
 def test_a_pretrained_torchvision_host_gets_a_new_head(monkeypatch):
     original = torchvision.models.get_model
-    monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights=None, **options: original(name, **options))
+    monkeypatch.setattr(
+        torchvision.models, "get_model", lambda name, weights=None, **options: original(name, **options)
+    )
     model = build_host(HostConfig("torchvision/resnet18", pretrained=True), num_classes=4)
     assert model.fc.out_features == 4
     model = build_host(HostConfig("torchvision/squeezenet1_1", pretrained=True), num_classes=4)

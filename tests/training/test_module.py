@@ -89,7 +89,9 @@ def test_ema_and_cutmix_train():
 
 def test_a_gamma_that_does_not_move_is_warned_about():
     kit = OptimizerConfig(lr=1e-6)
-    with pytest.warns(UserWarning, match=r"no gamma has moved by more than 0.001.*Raise optimizer.gamma_lr_scale \(now 10"):
+    with pytest.warns(
+        UserWarning, match=r"no gamma has moved by more than 0.001.*Raise optimizer.gamma_lr_scale \(now 10"
+    ):
         trainer().fit(module(optimizer=kit), data())
     trainer().fit(module(optimizer=OptimizerConfig(lr=1e-2)), data())  # warnings are errors
 
@@ -102,7 +104,9 @@ def test_rates_and_gammas_are_logged(name):
     logged = fit.callback_metrics
     graft = classifier.grafts[0]
     assert logged[f"gamma/{graft.path}"] == graft.block.gamma.item() != 0
-    assert {"lr/host", "lr/head", "lr/grafts", "lr/grafts/gamma", "train/loss", "val/loss", "val/accuracy"} <= set(logged)
+    assert {"lr/host", "lr/head", "lr/grafts", "lr/grafts/gamma", "train/loss", "val/loss", "val/accuracy"} <= set(
+        logged
+    )
     assert logged["lr/grafts/gamma"] == pytest.approx(10 * logged["lr/grafts"])
 
 
@@ -135,7 +139,7 @@ def test_refusals():
         trainer().fit(module(num_classes=7), data())
     with pytest.raises(ConfigError, match=r"label_smoothing \(1\) must lie"):
         module(label_smoothing=1)
-    with pytest.raises(ConfigError, match="compile_mode .* needs compile"):
+    with pytest.raises(ConfigError, match=r"compile_mode .* needs compile"):
         module(compile_mode="max-autotune")
     with pytest.raises(ConfigError, match="0 training batches"):
         trainer(limit_train_batches=0).fit(module(), data())
