@@ -95,14 +95,15 @@ def _requests(
             raise GraftError("options do not go with a mapping: put them beside the block, {site: {'block': ..., ...}}")
         if not at:
             raise GraftError("at is an empty mapping: name at least one module")
-        entries = [(list(key) if isinstance(key, tuple) else key, value) for key, value in at.items()]
+        entries = []
+        for key, value in at.items():
+            own: dict[str, Any] = dict(value) if isinstance(value, Mapping) else {"block": value}
+            where = list(key) if isinstance(key, tuple) else key
+            entries.append((where, own.pop("block", block), own.pop("gate", gate), own.pop("name", name), own))
     else:
-        entries = [(at, {"block": block, **(options or {})})]
+        entries = [(at, block, gate, name, dict(options or {}))]
     requests = []
-    for where, value in entries:
-        own: dict[str, Any] = dict(value) if isinstance(value, Mapping) else {"block": value}
-        own_block = own.pop("block", block)
-        own_gate, own_name = own.pop("gate", gate), own.pop("name", name)
+    for where, own_block, own_gate, own_name, own in entries:
         check_block(own_block, own)
         graft_name = default_name(own_block) if own_name is None else own_name
         valid = isinstance(graft_name, str) and graft_name.isidentifier() and not keyword.iskeyword(graft_name)

@@ -43,6 +43,12 @@ class GraftPoint(nn.Module):
                 x = block(x)
         return x
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Weights of the host alone load with strict=True: blocks they know nothing of stay as they are.
+        if not any(key.startswith(prefix) for key in state_dict):
+            state_dict.update(self.state_dict(prefix=prefix))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def __getstate__(self) -> dict[str, Any]:
         # A copy made inside `disabled()` would have no block that could ever enable it again.
         return {**self.__dict__, "off": ()}

@@ -137,10 +137,14 @@ def test_state_dict_loads_before_and_after():
     host = HOSTS["tiny"]
     pretrained = host.build().state_dict()
     model = type(host.build())()
-    graft(model, ["stage", "top"], example_input=host.images())
-    answer = model.load_state_dict(pretrained, strict=False)
-    assert answer.unexpected_keys == []
-    assert set(answer.missing_keys) == {key for key in model.state_dict() if ".grafts." in key}
+    grafts = graft(model, ["stage", "top"], example_input=host.images())
+    blocks = {name: p.clone() for name, p in grafts.named_parameters()}
+    model.load_state_dict(pretrained, strict=True)  # the originals alone: blocks stay as they are
+    assert all(torch.equal(p, blocks[name]) for name, p in grafts.named_parameters())
+    assert set(pretrained) == {key for key in model.state_dict() if ".grafts." not in key}
+    torn = {key: value for key, value in model.state_dict().items() if not key.endswith("grafts.sagan.gamma")}
+    with pytest.raises(RuntimeError, match=r"Missing key.*grafts.sagan.gamma"):
+        model.load_state_dict(torn, strict=True)
     assert_same(model.eval()(host.images()), host.build()(host.images()))
 
     second = type(model)()

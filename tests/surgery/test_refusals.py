@@ -41,6 +41,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "tuple": ({"at": "pair"}, "'pair' puts out a tuple; a block needs one image-shaped float tensor"),
     "two dimensions": ({"at": "fc"}, r"'fc' puts out a tensor of shape \(1, 5\); a block needs a map of 4 dimensions"),
     "unknown option": ({"at": "top", "options": {"head": 2}}, "block 'sagan' has no option 'head'; it has heads, "),
+    "option of that name": ({"at": "top", "options": {"block": "sagan"}}, "block 'sagan' has no option 'block'"),
     "option refused": ({"at": "top", "options": {"heads": 3}}, r"heads \(3\) must divide the query channels"),
     "unknown block": ({"at": "top", "block": "sagann"}, "unknown block 'sagann'; did you mean sagan"),
     "a module": ({"at": "top", "block": nn.Identity()}, "must be a registered name, a class or a factory"),
