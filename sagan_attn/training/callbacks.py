@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import save_file
 
 from sagan_attn import __version__
-from sagan_attn.errors import ConfigError
 from sagan_attn.training.run import RunPaths, write_json, write_text
 
 __all__ = ["RunFolder"]
@@ -30,21 +29,12 @@ class RunFolder(L.Callback):
     Args:
         paths: the run folder.
         config_text: the resolved config, as YAML.
-        resumed: whether the fit goes on from a checkpoint, so that the folder may be there already.
     """
 
-    def __init__(self, paths: RunPaths, config_text: str, resumed: bool) -> None:
+    def __init__(self, paths: RunPaths, config_text: str) -> None:
         self.paths = paths
         self.config_text = config_text
-        self.resumed = resumed
         self._existed = paths.folder.exists()
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit" and not self.resumed and trainer.is_global_zero and self.paths.config.exists():
-            raise ConfigError(
-                f"run_dir {self.paths.folder} already holds a run: choose another one, or go on with it with "
-                f"--ckpt_path {self.paths.checkpoint('last')}"
-            )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]

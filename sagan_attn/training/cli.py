@@ -69,6 +69,8 @@ class SaganCLI(LightningCLI):
         if options.trainer.precision is None:
             options.trainer.precision = best_precision(str(options.trainer.accelerator))
         checkpoint = options.get("ckpt_path")
+        if checkpoint in ("best", "last") and options.run_dir is not None:
+            checkpoint = options.ckpt_path = str(RunPaths(options.run_dir).checkpoint(checkpoint))
         if options.run_dir is None and command == "fit" and not checkpoint:
             name = options.model.host.name.replace("/", "-")
             options.run_dir = str(Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
@@ -77,6 +79,11 @@ class SaganCLI(LightningCLI):
         elif options.run_dir is None:
             raise ConfigError(
                 f"{command} needs a run: --run_dir <folder>, or --ckpt_path <folder>/checkpoints/best.ckpt"
+            )
+        elif command == "fit" and not checkpoint and RunPaths(options.run_dir).config.exists():
+            raise ConfigError(
+                f"run_dir {options.run_dir} already holds a run: choose another one, or go on with it with "
+                f"--ckpt_path {RunPaths(options.run_dir).checkpoint('last')}"
             )
         if command != "fit" and not checkpoint:
             options.ckpt_path = str(RunPaths(options.run_dir).checkpoint("best"))
@@ -94,7 +101,7 @@ class SaganCLI(LightningCLI):
         for argument in ("ckpt_path", "weights_only", "verbose", "return_predictions"):  # of this call, not of the run
             saved.pop(argument, None)
         config_text = self._parser(self.subcommand).dump(saved, skip_validation=True, format="yaml")
-        self.folder = RunFolder(paths, config_text, resumed=bool(options.get("ckpt_path")))
+        self.folder = RunFolder(paths, config_text)
         trainer = self.config_init[self.config["subcommand"]].trainer
         callbacks = [*self._listed(trainer.callbacks), self.folder]
         if trainer.enable_model_summary is None:

@@ -41,7 +41,13 @@ def attention_overlay(
         grey = torch.from_numpy(picture).float().mean(dim=-1).numpy()
         axes[1, column].imshow(grey, extent=extent, cmap="gray", vmin=0, vmax=255)
         axes[1, column].imshow(
-            weight.float().cpu().numpy(), extent=extent, cmap="viridis", alpha=0.65, vmin=0, vmax=top
+            weight.float().cpu().numpy(),
+            extent=extent,
+            cmap="viridis",
+            interpolation="nearest",
+            alpha=0.65,
+            vmin=0,
+            vmax=top,
         )
         for axis in axes[:, column]:
             axis.plot(x, y, marker="x", color="white", markersize=9, markeredgewidth=3.5)

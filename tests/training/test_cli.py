@@ -89,7 +89,7 @@ def test_an_interrupted_run_goes_on_where_it_was(small_run, tmp_path, monkeypatc
         patch.setattr(ClassifierModule, "on_train_epoch_start", stop)
         with pytest.raises(RuntimeError, match="power cut"):
             main(arguments)
-    resume = ["--ckpt_path", str(folder / "checkpoints/last.ckpt")]
+    resume = ["--ckpt_path", "last"]
     assert main([*arguments, *resume, "--trainer.max_epochs=3"]) == 1
     assert "planned its one-cycle learning rate over 16 steps, this run takes 24" in capsys.readouterr().err
     assert main([*arguments, *resume]) == 0
