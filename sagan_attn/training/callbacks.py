@@ -24,22 +24,25 @@ __all__ = ["RunFolder"]
 class RunFolder(L.Callback):
     """Writes config, environment, classes and transform when a fit starts, test logits and predictions when they end.
 
-    A fit that fails before its first checkpoint leaves nothing: the folder it made is removed.
+    A fit that fails in its first epoch leaves nothing: the folder it made is removed.
 
     Args:
         paths: the run folder.
         config_text: the resolved config, as YAML.
+        resumed: whether a fit goes on from a checkpoint; its config and environment stay as they were written.
     """
 
-    def __init__(self, paths: RunPaths, config_text: str) -> None:
+    def __init__(self, paths: RunPaths, config_text: str, resumed: bool) -> None:
         self.paths = paths
         self.config_text = config_text
-        self._existed = paths.folder.exists()
+        self.resumed = resumed
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not trainer.is_global_zero:
             return
         print(_summary(pl_module))
+        if self.resumed or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         write_text(self.paths.config, self.config_text)
         write_json(self.paths.environment, environment(trainer) | {"data": describe(data)})
@@ -47,19 +50,29 @@ class RunFolder(L.Callback):
         write_json(self.paths.transform, data.preprocess.to_dict())
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if not self._existed and not any(self.paths.checkpoints.glob("*.ckpt")):
-            shutil.rmtree(self.paths.folder, ignore_errors=True)
+        unfinished = trainer.state.fn == "fit" and trainer.current_epoch == 0 and not self.resumed
+        if unfinished and trainer.is_global_zero and not any(self.paths.checkpoints.glob("*.ckpt")):
+            shutil.rmtree(self.paths.folder, ignore_errors=True)  # empty or not there before: see SaganCLI
 
     def on_test_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        logits = torch.cat([logits for logits, _ in pl_module.test_outputs])
-        labels = torch.cat([labels for _, labels in pl_module.test_outputs])
-        pl_module.test_outputs = []
+        outputs, pl_module.test_outputs = pl_module.test_outputs, []
+        if not self.covers_all(trainer, sum(len(labels) for _, labels in outputs)):
+            return
+        logits, labels = torch.cat([logits for logits, _ in outputs]), torch.cat([labels for _, labels in outputs])
         metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("test/")}
         self.paths.folder.mkdir(parents=True, exist_ok=True)
         beside = self.paths.test_logits.with_suffix(".part")
         save_file({"logits": logits.contiguous(), "labels": labels}, beside)
         beside.replace(self.paths.test_logits)
         write_json(self.paths.test_metrics, metrics | {"images": len(labels)})
+        print(f"test metrics and logits: {self.paths.test_metrics}, {self.paths.test_logits}")
+
+    def covers_all(self, trainer: Any, seen: int) -> bool:
+        """Whether a pass saw the whole test split; if not, say that its results are not kept."""
+        images = trainer.datamodule.describe()["sizes"]["test"]
+        if seen != images:
+            print(f"only {seen} of {images} test images were seen: nothing is written")
+        return seen == images
 
     def write_predictions(self, batches: Sequence[torch.Tensor], classes: Sequence[str]) -> None:
         """predictions.csv: for each image of the test split, in its order, the class and each class's probability."""
@@ -119,6 +132,8 @@ def _git_revision() -> str | None:
     folder = Path(__file__).parent
     try:
         git = ["git", "-C", str(folder)]
+        tracked = [*git, "ls-files", "--error-unmatch", Path(__file__).name]  # not some repository around site-packages
+        subprocess.run(tracked, capture_output=True, check=True)
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
         state = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

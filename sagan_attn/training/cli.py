@@ -1,6 +1,7 @@
 """The command line: `python train.py fit|validate|test|predict --config <file>.yaml`, and the default run."""
 
 import logging
+import os
 import sys
 import time
 import warnings
@@ -11,19 +12,26 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from sagan_attn.errors import ConfigError, SaganAttnError
 from sagan_attn.training.callbacks import RunFolder
+from sagan_attn.training.checkpoints import WholeFileIO, check_resume, checkpoint_callbacks
 from sagan_attn.training.data import ImageData
 from sagan_attn.training.hosts import host_preprocess
 from sagan_attn.training.logger import EpochCSV
 from sagan_attn.training.module import ClassifierModule
-from sagan_attn.training.run import RunPaths
+from sagan_attn.training.run import RunPaths, read_checkpoint
 
 __all__ = ["SaganCLI", "best_precision", "main"]
+
+
+# What of a call belongs to the run, and is kept in its config.yaml.
+KEPT = ("seed_everything", "trainer", "model", "data", "run_dir")
 
 
 class SaganCLI(LightningCLI):
@@ -64,64 +72,105 @@ class SaganCLI(LightningCLI):
         """The parsed config of the subcommand."""
         return self.config[self.config["subcommand"]]
 
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise ConfigError(f"seed_everything: {error}") from error
+
     def before_instantiate_classes(self) -> None:
+        """Settle run folder, checkpoint and precision, before anything is built."""
         options, command = self.options, self.config["subcommand"]
         if options.trainer.precision is None:
             options.trainer.precision = best_precision(str(options.trainer.accelerator))
+        paths = RunPaths(self._run_dir())
+        options.run_dir = str(paths.folder)
         checkpoint = options.get("ckpt_path")
-        if checkpoint in ("best", "last") and options.run_dir is not None:
-            checkpoint = options.ckpt_path = str(RunPaths(options.run_dir).checkpoint(checkpoint))
-        if options.run_dir is None and command == "fit" and not checkpoint:
-            name = options.model.host.name.replace("/", "-")
-            options.run_dir = str(Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
-        elif options.run_dir is None and checkpoint:
-            options.run_dir = str(Path(checkpoint).parent.parent)
-        elif options.run_dir is None:
-            raise ConfigError(
-                f"{command} needs a run: --run_dir <folder>, or --ckpt_path <folder>/checkpoints/best.ckpt"
-            )
-        elif command == "fit" and not checkpoint and RunPaths(options.run_dir).config.exists():
-            raise ConfigError(
-                f"run_dir {options.run_dir} already holds a run: choose another one, or go on with it with "
-                f"--ckpt_path {RunPaths(options.run_dir).checkpoint('last')}"
-            )
+        if checkpoint in ("best", "last"):
+            checkpoint = paths.checkpoint(checkpoint)
         if command != "fit" and not checkpoint:
-            options.ckpt_path = str(RunPaths(options.run_dir).checkpoint("best"))
-        if options.get("ckpt_path") and not Path(options.ckpt_path).is_file():
-            raise ConfigError(f"there is no checkpoint {options.ckpt_path}")
+            checkpoint = paths.checkpoint("best")
+            if not checkpoint.is_file() and paths.checkpoint("last").is_file():
+                checkpoint = paths.checkpoint("last")
+                print(f"{paths.folder} was not validated and has no best checkpoint: taking the last one")
+        if checkpoint:
+            options.ckpt_path = str(checkpoint)
+            content = read_checkpoint(checkpoint)
+            if paths.config.is_file() and Path(checkpoint).resolve().parent != paths.checkpoints:
+                raise ConfigError(
+                    f"checkpoint {checkpoint} is not of the run in {paths.folder}: choose another run_dir"
+                )
+            if command == "fit":
+                check_resume(self._saved_config(), paths, content)
+        elif paths.folder.exists() and any(paths.folder.iterdir()):
+            raise ConfigError(
+                f"run_dir {paths.folder} already holds a run or other files: choose another one, or go on with its run "
+                "with --ckpt_path last"
+            )
+        if command in ("test", "predict") and options.trainer.devices not in (1, "1"):
+            options.trainer.devices, options.trainer.strategy = 1, "auto"  # several would see some images twice
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:  # jsonargparse wraps what a data module says in an account of the types it tried
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, SaganAttnError):
+                cause = cause.__cause__ or cause.__context__
+            raise cause or error from None
+
+    def _run_dir(self) -> Path:
+        """The run folder: as given, or that of the checkpoint, or for a fit a new one."""
+        options, checkpoint = self.options, self.options.get("ckpt_path")
+        if options.run_dir:
+            folder = Path(options.run_dir)
+        elif checkpoint and Path(checkpoint).resolve().parent.name == "checkpoints":
+            folder = Path(checkpoint).resolve().parent.parent
+        elif self.config["subcommand"] == "fit" and not checkpoint:
+            folder = Path("runs") / f"{options.model.host.name.replace('/', '-')}-{datetime.now():%Y%m%d-%H%M%S}"
+        else:
+            raise ConfigError(
+                f"{self.config['subcommand']} needs a run: --run_dir <folder>, or --ckpt_path "
+                "<folder>/checkpoints/best.ckpt"
+            )
+        folder = folder.resolve()
+        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise ConfigError(f"run_dir {folder} cannot be written: {existing} is no folder or not writable")
+        return folder
+
+    def _saved_config(self) -> dict[str, Any]:
+        """The config as it is kept in the run folder: without what concerns this call alone."""
+        saved = self.options.clone()
+        for argument in {key.partition(".")[0] for key in saved.keys()} - {*KEPT}:  # noqa: SIM118  (no dict)
+            saved.pop(argument)
+        return yaml.safe_load(self._parser(self.config["subcommand"]).dump(saved, skip_validation=True))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         self.datamodule: ImageData
         preprocess = host_preprocess(self.model.host)
         if preprocess is not None:
             self.datamodule.use_preprocess(preprocess)
-        options = self.options
-        paths = RunPaths(options.run_dir)
-        saved = options.clone()
-        for argument in ("ckpt_path", "weights_only", "verbose", "return_predictions"):  # of this call, not of the run
-            saved.pop(argument, None)
-        config_text = self._parser(self.subcommand).dump(saved, skip_validation=True, format="yaml")
-        self.folder = RunFolder(paths, config_text)
+        fitting = self.config["subcommand"] == "fit"
+        paths = RunPaths(self.options.run_dir)
+        config_text = yaml.safe_dump(self._saved_config(), sort_keys=False)
+        self.folder = RunFolder(paths, config_text, resumed=bool(self.options.get("ckpt_path")))
         trainer = self.config_init[self.config["subcommand"]].trainer
-        callbacks = [*self._listed(trainer.callbacks), self.folder]
+        callbacks = [*_listed(trainer.callbacks), self.folder]
+        if trainer.enable_checkpointing is not False and not trainer.fast_dev_run:
+            callbacks += checkpoint_callbacks(paths)
+            kwargs["plugins"] = [*_listed(trainer.plugins), WholeFileIO()]
+        if trainer.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(RichProgressBar(leave=True))
         if trainer.enable_model_summary is None:
             kwargs["enable_model_summary"] = False  # it does not know attention's FLOPs; ours says host and grafts
-        if trainer.enable_checkpointing is not False:
-            callbacks.append(_checkpoints(paths, self.datamodule))
-        if trainer.enable_progress_bar is not False and not _has(callbacks, "ProgressBar"):
-            callbacks.append(RichProgressBar(leave=True))
-        logger = trainer.logger
-        if logger in (None, True):
-            logger = [EpochCSV(paths.metrics), TensorBoardLogger(paths.folder, name="tensorboard", version="")]
-            if self.subcommand != "fit":
-                logger = False
-        return super().instantiate_trainer(callbacks=callbacks, logger=logger, **kwargs)
-
-    @staticmethod
-    def _listed(callbacks: Any) -> list[Any]:
-        if callbacks is None:
-            return []
-        return list(callbacks) if isinstance(callbacks, list) else [callbacks]
+        if trainer.logger in (None, True):
+            loggers = [EpochCSV(paths.metrics), TensorBoardLogger(paths.folder, name="tensorboard", version="")]
+            kwargs["logger"] = loggers if fitting else False
+        try:
+            return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+            raise ConfigError(f"trainer: {error}") from error
 
     def fit(self, **arguments: Any) -> None:
         """`Trainer.fit`, then say where things are."""
@@ -132,16 +181,12 @@ class SaganCLI(LightningCLI):
             accuracy = f", validation accuracy {metrics['val/accuracy']:.4f}" if "val/accuracy" in metrics else ""
             print(f"{time.perf_counter() - started:.0f} s{accuracy}; run folder: {self.folder.paths.folder}")
 
-    def test(self, **arguments: Any) -> None:
-        """`Trainer.test`, then say where things are."""
-        self.trainer.test(**arguments)
-        print(f"test metrics and logits: {self.folder.paths.test_metrics}, {self.folder.paths.test_logits}")
-
     def predict(self, **arguments: Any) -> None:
         """`Trainer.predict` on the test split, written to predictions.csv."""
-        batches = self.trainer.predict(**{**arguments, "return_predictions": True})
-        self.folder.write_predictions(batches, self.datamodule.classes)  # type: ignore[arg-type]
-        print(f"predictions: {self.folder.paths.predictions}")
+        batches = self.trainer.predict(**{**arguments, "return_predictions": True}) or []
+        if self.folder.covers_all(self.trainer, sum(len(batch) for batch in batches)):  # type: ignore[arg-type]
+            self.folder.write_predictions(batches, self.datamodule.classes)  # type: ignore[arg-type]
+            print(f"predictions: {self.folder.paths.predictions}")
 
 
 def best_precision(accelerator: str) -> str:
@@ -156,18 +201,6 @@ def best_precision(accelerator: str) -> str:
     return "32-true"
 
 
-def _checkpoints(paths: RunPaths, data: ImageData) -> ModelCheckpoint:
-    """best.ckpt by validation accuracy, and last.ckpt; without validation images both are the last epoch's."""
-    monitor = {"monitor": "val/accuracy", "mode": "max"} if data.val_fraction else {}
-    return ModelCheckpoint(
-        dirpath=paths.checkpoints,
-        filename="best",
-        save_last=True,
-        enable_version_counter=False,
-        **monitor,  # type: ignore[arg-type]
-    )
-
-
 def _quieten() -> None:
     """Keep advertisements and notes on Lightning's own inside from the terminal."""
     for message in (
@@ -175,14 +208,25 @@ def _quieten() -> None:
         ".*smaller than the logging interval.*",
         ".*many workers.*",
         "Checkpoint directory .* not empty",
+        r"`ModelCheckpoint\(monitor='val/accuracy'\)` could not find",  # a run without validation has no best
+        "The default weight initialization of GoogleNet",
     ):
         warnings.filterwarnings("ignore", message=message)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "litlogger" not in record.getMessage())
 
 
-def _has(callbacks: list[Any], kind: str) -> bool:
-    return any(kind in {base.__name__ for base in type(callback).__mro__} for callback in callbacks)
+def _listed(value: Any) -> list[Any]:
+    """A config's callbacks or plugins: none, one or a list of them."""
+    return list(value) if isinstance(value, list) else [] if value is None else [value]
+
+
+def _message(error: Exception) -> str:
+    """The error on one line; of one raised in a loader's worker, what the worker said."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and "in DataLoader worker process" in lines[0]:
+        return lines[-1].partition(": ")[2]
+    return " ".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None, *, default_config: Path | None = None) -> int:
@@ -197,8 +241,10 @@ def main(arguments: Sequence[str] | None = None, *, default_config: Path | None 
 
             default_run(default_config)
         else:
-            SaganCLI(arguments)
-    except SaganAttnError as error:
-        print(f"error: {error}", file=sys.stderr)
+            cli = SaganCLI(arguments)
+            if cli.trainer.received_sigterm:
+                return 143  # 128 + SIGTERM: Lightning stops in order and would end as if it had finished
+    except (SaganAttnError, MisconfigurationException) as error:
+        print(f"error: {_message(error)}", file=sys.stderr)
         return 1
     return 0

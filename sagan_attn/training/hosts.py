@@ -1,7 +1,9 @@
 """Hosts by name: torchvision's and timm's models, CIFAR ResNets, and the small CNN of the `lookup` data."""
 
 import difflib
+import functools
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 
 from sagan_attn.errors import ConfigError
+from sagan_attn.surgery import grafts_of
 from sagan_attn.training.data import Preprocess
 
 __all__ = ["HostConfig", "build_host", "find_head", "host_preprocess"]
@@ -61,8 +64,8 @@ def build_host(config: HostConfig, num_classes: int, in_channels: int = 3) -> nn
             )
         else:
             model = _torchvision(name, config, num_classes, in_channels)
-    except TypeError as error:
-        raise ConfigError(f"host {config.name!r} refuses its options {config.options}: {error}") from error
+    except (TypeError, ValueError, RuntimeError, KeyError) as error:
+        raise ConfigError(f"host {config.name!r} with options {config.options} is refused: {error}") from error
     except OSError as error:  # no network, or a hub that does not answer
         raise ConfigError(
             f"pretrained weights of {config.name!r} cannot be had ({error}); download them once where there is a "
@@ -77,7 +80,8 @@ def build_host(config: HostConfig, num_classes: int, in_channels: int = 3) -> nn
 
 def find_head(model: nn.Module) -> nn.Module:
     """The last layer with parameters that is a Linear or a convolution: the classifier. Raises `ConfigError`."""
-    heads = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    grafted = {module for graft in grafts_of(model) for module in graft.block.modules()}
+    heads = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and m not in grafted]
     if callable(getattr(model, "get_classifier", None)):
         head = model.get_classifier()  # type: ignore[operator]
         if isinstance(head, nn.Module) and any(True for _ in head.parameters()):
@@ -169,10 +173,14 @@ def _load_weights(model: nn.Module, path: Path, num_classes: int) -> None:
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
-        state = load_file(path)
+        read: Callable[[Path], Any] = load_file
     else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state) if isinstance(state, dict) else state
+        read = functools.partial(torch.load, map_location="cpu", weights_only=True)
+    try:
+        state: Any = read(path)
+        state = {str(key): value.detach() for key, value in state.get("state_dict", state).items()}
+    except Exception as error:  # damaged and foreign files fail in many ways
+        raise ConfigError(f"host.weights: {path} holds no state dict of tensors: {error!r}") from error
     head = find_head(model)
     prefix = next(n for n, m in model.named_modules() if m is head) + "."
     own = model.state_dict()
@@ -267,7 +275,8 @@ def host_preprocess(config: HostConfig) -> Preprocess | None:
     if library == "timm":
         import timm
 
-        return Preprocess.from_timm(timm.create_model(name, **config.options))
+        with torch.device("meta"):  # for its data config alone
+            return Preprocess.from_timm(timm.create_model(name))
     from torchvision import models
 
     transform = models.get_model_weights(name).DEFAULT.transforms()  # type: ignore[attr-defined]

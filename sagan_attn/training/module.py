@@ -125,12 +125,20 @@ class ClassifierModule(L.LightningModule):
         """Logits [B, classes] of images [B, C, H, W]."""
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        return self.network(images)
+        logits = self.network(images)
+        if not isinstance(logits, Tensor):
+            raise ConfigError(
+                f"host {self.host.name!r} gives a {type(logits).__name__} in training, not logits: switch its "
+                "auxiliary heads off in host.options"
+            )
+        return logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
         loss = F.cross_entropy(self(images).float(), labels, label_smoothing=self.label_smoothing)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(images))
+        self.log(
+            "train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(images), sync_dist=True
+        )
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -155,13 +163,16 @@ class ClassifierModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = create_optimizer(self.network, self.optimizer_config)
-        steps = int(self.trainer.estimated_stepping_batches)
         epochs = self.trainer.max_epochs
         if epochs is None or epochs < 1:
             raise ConfigError("trainer.max_epochs must be given, at least 1: the learning rate is planned over it")
+        steps = int(self.trainer.estimated_stepping_batches)
         if steps < 1:
             raise ConfigError("there is nothing to train: the trainer's limits leave 0 training batches")
-        schedule = create_schedule(optimizer, self.schedule_config, epochs, steps)
+        config = self.schedule_config
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            config = replace(config, warmup_epochs=0)  # its one epoch leaves no room for a warm-up
+        schedule = create_schedule(optimizer, config, epochs, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
@@ -175,21 +186,12 @@ class ClassifierModule(L.LightningModule):
             warnings.filterwarnings("ignore", message="Found .* in eval mode at the start of training")
         self._first_gammas = {name: gamma.item() for name, gamma in self.grafts.gammas().items()}
 
-    def on_train_start(self) -> None:
-        schedule: Any = self.lr_schedulers()
-        planned = int(self.trainer.estimated_stepping_batches)
-        if getattr(schedule, "total_steps", None) not in (None, max(planned, 4)):  # restored from a checkpoint
-            raise CheckpointError(
-                f"the checkpoint planned its one-cycle learning rate over {schedule.total_steps} steps, this run takes "
-                f"{planned}: go on with the same epochs, data and batch size"
-            )
-
     def on_train_epoch_end(self) -> None:
         gammas = {name: gamma.item() for name, gamma in self.grafts.gammas().items()}
         for name, gamma in gammas.items():
-            self.log(f"gamma/{name.removesuffix('.gamma')}", gamma)
+            self.log(f"gamma/{name.removesuffix('.gamma')}", gamma, rank_zero_only=True)
         for group in self.optimizers(use_pl_optimizer=False).param_groups:  # type: ignore[union-attr]
-            self.log(f"lr/{group['name']}", group["lr"])
+            self.log(f"lr/{group['name']}", group["lr"], rank_zero_only=True)
         moved = [abs(gamma - self._first_gammas[name]) > GAMMA_MOVED for name, gamma in gammas.items()]
         if self.current_epoch == 0 and moved and not any(moved):
             warnings.warn(

@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from sagan_attn.errors import ConfigError
 from sagan_attn.surgery import graft
+from sagan_attn.surgery.probe import quiet
 from sagan_attn.training.hosts import HostConfig, build_host
 
 __all__ = ["GraftConfig", "build_network"]
@@ -40,8 +42,11 @@ def build_network(
     The host draws its weights from the global random state and grafts draw nothing from it, so for one seed hosts
     with different grafts start alike. Raises `ConfigError`, `GraftError` or `BlockError`.
     """
+    if num_classes < 2:
+        raise ConfigError(f"a classifier needs at least 2 classes, the data have {num_classes}")
     network = build_host(host, num_classes, in_channels)
     example = torch.zeros(2, in_channels, image_size, image_size)
+    _check_output(network, host.name, example, num_classes)
     for config in grafts:
         seed = torch.initial_seed() if config.seed is None else config.seed
         graft(
@@ -54,3 +59,19 @@ def build_network(
             options=config.options,
         )
     return network
+
+
+def _check_output(network: nn.Module, name: str, example: Tensor, num_classes: int) -> None:
+    """Refuse a host that does not take the images, or does not give one row of logits an image."""
+    shape = tuple(example.shape[1:])
+    try:
+        with quiet(network):
+            output = network(example)
+    except Exception as error:  # whatever a model may raise on an image it is not made for
+        hint = "; host.small_images: true makes it one for small images" if shape[-1] < 64 else ""
+        raise ConfigError(f"host {name!r} does not take images of shape {shape}: {error}{hint}") from error
+    if not isinstance(output, Tensor) or output.shape != (len(example), num_classes):
+        found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ConfigError(
+            f"host {name!r} gives {found} for {len(example)} images, not logits over {num_classes} classes"
+        )

@@ -48,8 +48,8 @@ class OptimizerConfig:
 class ScheduleConfig:
     """The learning rate over training, stepped every update: up over `warmup_epochs`, then down along a cosine to 0.
 
-    "cosine" rises in a line from 0 (timm); "onecycle" rises along a cosine, from 1/25, and lowers the momentum or
-    first beta meanwhile (torch, Smith and Topin 2018).
+    "cosine" rises in a line from 0 (timm's); "onecycle" rises along a cosine from 1/25 (torch's, after Smith and Topin
+    2018; the momentum is not cycled).
     """
 
     name: Literal["cosine", "onecycle"] = "cosine"
@@ -100,7 +100,7 @@ def create_optimizer(model: nn.Module, config: OptimizerConfig) -> optim.Optimiz
             momentum=config.momentum,
             **config.options,
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
         raise ConfigError(f"optimizer {config.name!r} with options {config.options}: {error}") from error
 
 
@@ -115,17 +115,18 @@ def create_schedule(optimizer: optim.Optimizer, config: ScheduleConfig, epochs: 
         rates = [group["lr"] for group in optimizer.param_groups]
         steps = max(steps, 4)  # torch divides by the steps of each phase less one
         rise = max(config.warmup_epochs / epochs, 2 / steps)
-        return optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps, pct_start=rise)
-    scheduler, _ = create_scheduler_v2(
+        return optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps, pct_start=rise, cycle_momentum=False)
+    warmup_steps = round(steps * config.warmup_epochs / epochs)
+    scheduler, _ = create_scheduler_v2(  # told an update is an epoch: it then takes any warm-up, in whole updates
         optimizer,
         sched="cosine",
-        num_epochs=epochs,
-        warmup_epochs=config.warmup_epochs,  # type: ignore[arg-type]
+        num_epochs=steps - warmup_steps,
+        warmup_epochs=warmup_steps,
         warmup_lr=0.0,
         min_lr=0.0,
-        warmup_prefix=False,
+        warmup_prefix=True,
         step_on_epochs=False,
-        updates_per_epoch=steps / epochs,  # type: ignore[arg-type]
+        updates_per_epoch=1,
     )
     return scheduler
 
@@ -141,8 +142,8 @@ def _layers(model: nn.Module) -> dict[nn.Parameter, int]:
 
 
 def _unit(parts: list[str]) -> list[str]:
-    """A layer by its name: a numbered child of a stage, or else a child of the model."""
-    return parts[:2] if len(parts) > 2 and parts[1].isdigit() else parts[:1]
+    """A layer by its name: a child of a stage, or a child of the model that has none."""
+    return parts[:2] if len(parts) > 2 else parts[:1]
 
 
 def _by_layer(group: dict[str, Any], layers: dict[nn.Parameter, int], decay: float) -> Iterator[dict[str, Any]]:

@@ -29,7 +29,7 @@ from sagan_attn.training.hosts import HostConfig
 from sagan_attn.training.module import check_fit
 from sagan_attn.training.network import GraftConfig, build_network
 
-__all__ = ["Run", "RunPaths", "load_run", "write_json", "write_text"]
+__all__ = ["Run", "RunPaths", "load_run", "read_checkpoint", "write_json", "write_text"]
 
 
 class RunPaths:
@@ -92,22 +92,35 @@ def load_run(path: str | Path, checkpoint: str = "best") -> Run:
         grafts = [GraftConfig(**graft) for graft in model_config["grafts"] or []]
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{paths.config} is not the config of a run: {error!r}") from error
-    model = build_network(host, grafts, len(classes), 3, transform.image_size)
-    model.load_state_dict(read_weights(paths.checkpoint(checkpoint), model))
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise CheckpointError(f"{paths.classes} is not a list of class names")
+    with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced, so nobody else's should change
+        model = build_network(host, grafts, len(classes), 3, transform.image_size)
+    path = paths.checkpoint(checkpoint)
+    state = read_checkpoint(path)["state_dict"]
+    weights = {key.removeprefix("network."): value for key, value in state.items() if key.startswith("network.")}
+    check_fit(model.state_dict(), weights, str(path))
+    model.load_state_dict(weights)
     return Run(paths.folder, model.eval(), classes, transform, config)
 
 
-def read_weights(path: Path, model: nn.Module) -> dict[str, torch.Tensor]:
-    """The network's weights in a checkpoint. Raises `CheckpointError` unless they fit the model."""
-    if not path.is_file():
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint, its tensors on the CPU. No code of the file is run.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or no checkpoint of a training run.
+    """
+    if not Path(path).is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        state = {k.removeprefix("network."): v for k, v in content["state_dict"].items() if k.startswith("network.")}
     except Exception as error:  # damaged and foreign files fail in many ways
-        raise CheckpointError(f"{path} is not a whole checkpoint of this library: {error}") from error
-    check_fit(model.state_dict(), state, str(path))
-    return state
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path} is not a whole checkpoint of this library: {reason}") from error
+    state = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not any(str(key).startswith("network.") for key in state):
+        raise CheckpointError(f"{path} is not a whole checkpoint of this library: it holds no network")
+    return content
 
 
 def _read(path: Path, parse: Any) -> Any:

@@ -89,12 +89,74 @@ def test_an_interrupted_run_goes_on_where_it_was(small_run, tmp_path, monkeypatc
         patch.setattr(ClassifierModule, "on_train_epoch_start", stop)
         with pytest.raises(RuntimeError, match="power cut"):
             main(arguments)
-    resume = ["--ckpt_path", "last"]
-    assert main([*arguments, *resume, "--trainer.max_epochs=3"]) == 1
-    assert "planned its one-cycle learning rate over 16 steps, this run takes 24" in capsys.readouterr().err
-    assert main([*arguments, *resume]) == 0
+    environment = (folder / "environment.json").read_text()
+    assert main([*arguments, "--ckpt_path", "last"]) == 0
     never_stopped = pd.read_csv(small_run / "metrics.csv")
     pd.testing.assert_frame_equal(pd.read_csv(folder / "metrics.csv"), never_stopped)
+    assert (folder / "environment.json").read_text() == environment
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("--trainer.max_epochs=3", "trainer.max_epochs 2 -> 3"),
+        ("--model.optimizer.lr=5", "model.optimizer.lr 0.002 -> 5.0"),
+        ("--model.freeze_host=true", "model.freeze_host False -> True"),
+        ("--data.batch_size=64", "data.init_args.batch_size 32 -> 64"),
+    ],
+)
+def test_a_run_is_not_continued_under_another_config(small_run, capsys, change, named):
+    before = {path: path.read_bytes() for path in small_run.rglob("*") if path.is_file()}
+    assert main(["fit", *SMALL, "--run_dir", str(small_run), "--ckpt_path", "last", change]) == 1
+    assert named in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in small_run.rglob("*") if path.is_file()} == before
+
+
+def test_last_is_the_last_epoch_and_best_the_best(tmp_path, monkeypatch):
+    scores = iter([0.1, 0.9, 0.5, 0.4])
+
+    class Scripted(L.Callback):
+        def on_validation_epoch_end(self, trainer, pl_module):
+            if not trainer.sanity_checking:
+                trainer.callback_metrics["val/accuracy"] = torch.tensor(next(scores))
+
+    original = SaganCLI.instantiate_trainer
+
+    def with_script(cli):
+        trainer = original(cli)
+        trainer.callbacks.insert(0, Scripted())
+        return trainer
+
+    monkeypatch.setattr(SaganCLI, "instantiate_trainer", with_script)
+    monkeypatch.setattr(ClassifierModule, "validation_step", lambda *arguments: None)
+    assert main(["fit", *SMALL, "--trainer.max_epochs=4", "--run_dir", str(tmp_path / "run")]) == 0
+    paths = RunPaths(tmp_path / "run")
+    assert torch.load(paths.checkpoint("best"), weights_only=True)["epoch"] == 1
+    assert torch.load(paths.checkpoint("last"), weights_only=True)["epoch"] == 3
+
+
+def test_a_run_that_was_not_validated_is_tested_with_its_last_checkpoint(tmp_path, capsys):
+    folder = str(tmp_path / "run")
+    assert main(["fit", *SMALL, "--trainer.limit_val_batches=0", "--run_dir", folder]) == 0
+    assert not RunPaths(folder).checkpoint("best").exists()
+    assert main(["test", "--config", f"{folder}/config.yaml"]) == 0
+    assert "was not validated and has no best checkpoint: taking the last one" in capsys.readouterr().out
+    assert RunPaths(folder).test_metrics.is_file()
+    with pytest.raises(CheckpointError, match=r"there is no checkpoint .*best.ckpt"):
+        load_run(folder)
+    assert load_run(folder, checkpoint="last").classes
+
+
+def test_fast_dev_run_and_limited_tests_write_nothing(small_run, tmp_path, capsys):
+    assert main(["fit", *SMALL, "--trainer.fast_dev_run=true", "--run_dir", str(tmp_path / "run")]) == 0
+    assert not list((tmp_path / "run").rglob("*.*")) if (tmp_path / "run").exists() else True
+    before = sorted(small_run.iterdir())
+    config = ["--config", str(small_run / "config.yaml")]
+    for command in (["test", "--trainer.limit_test_batches=1"], ["predict", "--trainer.limit_predict_batches=1"]):
+        capsys.readouterr()
+        assert main([command[0], *config, *command[1:]]) == 0
+        assert "only 32 of 64 test images were seen: nothing is written" in capsys.readouterr().out
+    assert set(before) <= set(small_run.iterdir())
 
 
 def test_the_same_seed_gives_the_same_run(small_run, tmp_path):
@@ -115,6 +177,20 @@ def test_the_same_seed_gives_the_same_run(small_run, tmp_path):
         (["--model.num_classes", "9"], r"num_classes \(9\) does not match the data, which have 10"),
         (["--model.optimizer.name", "adamx"], "adamx"),
         (["--ckpt_path", "nowhere.ckpt"], "there is no checkpoint nowhere.ckpt"),
+        (["--ckpt_path", "last"], "there is no checkpoint .*last.ckpt"),
+        (["--model.host.name", "torchvision/alexnet"], r"does not take images of shape \(3, 48, 48\).*small_images"),
+        (
+            ["--model.host.name", "torchvision/googlenet", "--model.grafts", "[]"],
+            "gives a GoogLeNetOutputs in training",
+        ),
+        (["--model.host.name", "timm/resnet18.nope"], "timm/resnet18.nope"),
+        (["--trainer.devices", "0"], "trainer: "),
+        (["--trainer.accelerator", "xyz"], "trainer: "),
+        (["--trainer.gradient_clip_algorithm", "foo"], "trainer: "),
+        (["--trainer.max_epochs", "-1"], "max_epochs must be given"),
+        (["--seed_everything", "-1"], "seed_everything"),
+        (["--model.schedule.warmup_epochs", "2"], r"warmup_epochs \(2.0\) must lie in \[0, 2\)"),
+        (["--data.batch_size", "0"], r"batch_size \(0\)"),
         (["--data", "FolderData", "--data.root", "nowhere"], "nowhere"),
     ],
 )
@@ -147,27 +223,42 @@ def test_a_wrong_key_is_named_and_ends_with_code_2(text, message, tmp_path, caps
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_is_never_overwritten(small_run, capsys):
+def test_a_run_is_never_overwritten(small_run, tmp_path, capsys):
     assert main(["fit", *SMALL, "--run_dir", str(small_run)]) == 1
     assert "already holds a run" in capsys.readouterr().err
-    assert (small_run / "checkpoints/best.ckpt").is_file()
+    other = tmp_path / "other"
+    shutil.copytree(small_run, other)
+    checkpoint = str(other / "checkpoints/best.ckpt")
+    assert main(["test", "--config", str(small_run / "config.yaml"), "--ckpt_path", checkpoint]) == 1
+    assert "is not of the run in" in capsys.readouterr().err
 
 
-def test_a_run_that_fails_at_its_start_leaves_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("made_before", [False, True])
+def test_a_run_that_fails_at_its_start_leaves_nothing(tmp_path, monkeypatch, made_before):
     def fail(*arguments):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(ClassifierModule, "training_step", fail)
+    if made_before:
+        (tmp_path / "run").mkdir()
     with pytest.raises(RuntimeError, match="out of memory"):
         main(["fit", *SMALL, "--run_dir", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
 
 
-def test_a_checkpoint_that_does_not_fit_is_refused(small_run, tmp_path, capsys):
-    checkpoint = str(small_run / "checkpoints/best.ckpt")
-    arguments = ["fit", *SMALL, "--run_dir", str(tmp_path / "run"), "--ckpt_path", checkpoint]
-    assert main([*arguments, "--model.grafts", "[]"]) == 1
+def test_a_checkpoint_that_does_not_fit_is_refused(small_run, capsys):
+    assert main(["test", "--config", str(small_run / "config.yaml"), "--model.grafts", "[]"]) == 1
     assert "grafts.sagan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", {"state_dict": {}}, [1]])
+def test_foreign_checkpoints_are_refused(content, tmp_path, capsys):
+    path = tmp_path / "x.ckpt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    assert main(["test", *SMALL, "--run_dir", str(tmp_path / "run"), "--ckpt_path", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert "is not a whole checkpoint of this library" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")

@@ -73,7 +73,7 @@ def test_local_weights_load_without_the_head(tmp_path):
         (HostConfig("lookup-cnn", pretrained=True), "has no pretrained weights"),
         (HostConfig("timm/resnet10t", pretrained=True, weights="x.pt"), "pretrained does not go with weights"),
         (HostConfig("timm/resnet10t", weights="nowhere.pt"), "there is no file nowhere.pt"),
-        (HostConfig("timm/resnet10t", options={"widht": 3}), "refuses its options.*widht"),
+        (HostConfig("timm/resnet10t", options={"widht": 3}), "is refused: .*widht"),
         (HostConfig("resnet20", options={"width": 3}), "has no options, got width"),
     ],
 )

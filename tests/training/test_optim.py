@@ -104,7 +104,7 @@ def test_cosine_rises_in_a_line_and_falls_along_a_cosine():
         schedule.step_update(num_updates=step)
         rates.append(optimizer.param_groups[0]["lr"])
         assert optimizer.param_groups[1]["lr"] == pytest.approx(10 * rates[-1])
-    expected = [step / 20 if step < 20 else 0.5 * (1 + math.cos(math.pi * step / 100)) for step in range(101)]
+    expected = [s / 20 if s < 20 else 0.5 * (1 + math.cos(math.pi * (s - 20) / 80)) for s in range(101)]
     assert rates == pytest.approx(expected, abs=1e-9)
 
 
