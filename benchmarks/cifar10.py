@@ -16,6 +16,7 @@ from typing import Any
 import lightning as L
 from machine import save
 
+from sagan_attn.training.allocator import keep_freed_memory
 from sagan_attn.training.cli import SaganCLI
 
 
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--name", default="cifar10_resnet20", help="name of the JSON file")
     arguments = parser.parse_args()
     sys.argv = sys.argv[:1]
+    keep_freed_memory()  # as train.py does
     rows = []
     for seed in arguments.seeds:
         for variant in ("host", "grafted"):

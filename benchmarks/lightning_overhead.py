@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from machine import save, summary
 
+from sagan_attn.training.allocator import keep_freed_memory
 from sagan_attn.training.cli import SaganCLI
 from sagan_attn.training.data import LookupData
 from sagan_attn.training.module import ClassifierModule
@@ -83,6 +84,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     arguments = parser.parse_args()
     sys.argv = sys.argv[:1]
+    keep_freed_memory()  # as train.py does
     results = {}
     for batch in (64, 8):
         images = arguments.images if batch == 64 else arguments.images // 4

@@ -19,6 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from sagan_attn.errors import ConfigError, SaganAttnError
+from sagan_attn.training.allocator import keep_freed_memory
 from sagan_attn.training.callbacks import RunFolder
 from sagan_attn.training.checkpoints import WholeFileIO, check_resume, checkpoint_callbacks
 from sagan_attn.training.data import ImageData
@@ -235,6 +236,7 @@ def main(arguments: Sequence[str] | None = None, *, default_config: Path | None 
     What the library refuses is printed as one line; a wrong option ends the process with code 2.
     """
     _quieten()
+    keep_freed_memory()
     try:
         if not (sys.argv[1:] if arguments is None else arguments) and default_config is not None:
             from sagan_attn.training.demo import default_run

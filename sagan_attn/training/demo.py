@@ -13,7 +13,7 @@ from rich.table import Table
 from sagan_attn.surgery import grafts_of
 from sagan_attn.training.cli import SaganCLI
 from sagan_attn.training.data import LookupData
-from sagan_attn.training.run import load_run, write_json
+from sagan_attn.training.run import RunPaths, load_run, write_json
 from sagan_attn.viz import attention_at, attention_overlay
 
 __all__ = ["default_run"]
@@ -68,7 +68,8 @@ def _train(config: Path, folder: Path, variant: str, block: str | None) -> Row:
     started = time.perf_counter()
     cli = SaganCLI(["fit", *arguments])
     seconds = time.perf_counter() - started
-    (metrics,) = cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path="best", verbose=False)
+    best = str(RunPaths(folder).checkpoint("best"))
+    (metrics,) = cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=best, verbose=False)
     network = cli.model.network
     gammas = [gamma.item() for gamma in grafts_of(network).gammas().values()]
     parameters = sum(p.numel() for p in network.parameters())

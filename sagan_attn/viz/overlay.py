@@ -20,7 +20,7 @@ def attention_overlay(
     titles: Sequence[str] | None = None,
     title: str = "",
 ) -> "Figure":
-    """A row of pairs: each image as it is, and in grey under the attention of one position of its map.
+    """Images as they are, and below each, in grey, under the attention of one position of its map.
 
     images: uint8 [3, H, W]; weights: [h, w], one query's weights over the map's cells; queries: (row, column) of that
     cell on the map, marked by a cross. Cells are stretched to the image: cell (i, j) of an h x w map covers pixels
@@ -29,7 +29,7 @@ def attention_overlay(
     from matplotlib.figure import Figure
 
     count = len(images)
-    figure = Figure(figsize=(1.9 * count + 0.7, 4.6), layout="constrained")
+    figure = Figure(figsize=(1.9 * count + 0.9, 4.2), layout="constrained")
     axes = figure.subplots(2, count, squeeze=False)
     top = max(float(weight.max()) for weight in weights)
     for column, (image, weight, (row, col)) in enumerate(zip(images, weights, queries, strict=True)):

@@ -100,7 +100,7 @@ def test_an_interrupted_run_goes_on_where_it_was(small_run, tmp_path, monkeypatc
     ("change", "named"),
     [
         ("--trainer.max_epochs=3", "trainer.max_epochs 2 -> 3"),
-        ("--model.optimizer.lr=5", "model.optimizer.lr 0.002 -> 5.0"),
+        ("--model.optimizer.lr=5", "model.optimizer.lr 0.003 -> 5.0"),
         ("--model.freeze_host=true", "model.freeze_host False -> True"),
         ("--data.batch_size=64", "data.init_args.batch_size 32 -> 64"),
     ],
