@@ -56,6 +56,6 @@ def attention_overlay(
             axis.set_yticks([])
         if titles is not None:
             axes[0, column].set_title(titles[column], fontsize=10)
-    figure.colorbar(axes[1, 0].images[-1], ax=axes[1, :].tolist(), label="attention weight of the cross", shrink=0.9)
+    figure.colorbar(axes[1, 0].images[-1], ax=axes[1, :].tolist(), label="attention weight", shrink=0.9)
     figure.suptitle(title, fontsize=11)
     return figure

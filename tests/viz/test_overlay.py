@@ -76,4 +76,4 @@ def test_the_picture_shows_the_query_and_the_cell_it_looks_at():
     (x,), (y,) = axis.lines[0].get_data()
     assert (x, y) == (15.0, 5.0)  # the middle of cell (0, 1), whose pixels are 10 to 20 and 0 to 10
     assert figure.get_suptitle() == "one"
-    assert figure.axes[-1].get_ylabel() == "attention weight of the cross"
+    assert figure.axes[-1].get_ylabel() == "attention weight"
