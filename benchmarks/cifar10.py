@@ -70,6 +70,7 @@ def main() -> None:
             if variant == "host":
                 options += ["--model.grafts", "[]"]
             cli = TimedCLI(options)
+            validation = cli.trainer.callback_metrics.get("val/accuracy")
             (metrics,) = cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
             rows.append(
                 {
@@ -78,7 +79,7 @@ def main() -> None:
                     "seed": seed,
                     "test_accuracy": metrics["test/accuracy"],
                     "test_loss": metrics["test/loss"],
-                    "validation_accuracy": float(cli.trainer.callback_metrics.get("val/accuracy", float("nan"))),
+                    "validation_accuracy": None if validation is None else float(validation),
                     "parameters": sum(p.numel() for p in cli.model.network.parameters()),
                     "gamma": {name: gamma.item() for name, gamma in cli.model.grafts.gammas().items()},
                     "seconds_an_epoch": cli.epochs.seconds,
