@@ -40,7 +40,8 @@ def test_it_compares_host_control_and_attention(tmp_path, monkeypatch, capsys):
         assert saved["test/accuracy"] == row["accuracy"]
         assert saved["images"] == 40
         assert (made / variant / "checkpoints" / "best.ckpt").is_file()
-    assert Image.open(made / "attention.png").size[0] > 600
+    with Image.open(made / "attention.png") as picture:
+        assert picture.size[0] > 600
     assert "host + context-max (control)" in output
     assert "attention.png" in output
 
