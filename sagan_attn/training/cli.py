@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
@@ -17,6 +18,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sagan_attn.errors import ConfigError, SaganAttnError
 from sagan_attn.training.allocator import keep_freed_memory
@@ -243,9 +245,9 @@ def main(arguments: Sequence[str] | None = None, *, default_config: Path | None 
 
             default_run(default_config)
         else:
-            cli = SaganCLI(arguments)
-            if cli.trainer.received_sigterm:
-                return 143  # 128 + SIGTERM: Lightning stops in order and would end as if it had finished
+            SaganCLI(arguments)
+    except SIGTERMException:  # a SystemExit without a code, with which the process would end as if it had finished
+        return 128 + signal.SIGTERM
     except (SaganAttnError, MisconfigurationException) as error:
         print(f"error: {_message(error)}", file=sys.stderr)
         return 1

@@ -2,8 +2,10 @@
 
 import inspect
 import json
+import os
 import re
 import shutil
+import signal
 
 import lightning as L
 import pandas as pd
@@ -94,6 +96,17 @@ def test_an_interrupted_run_goes_on_where_it_was(small_run, tmp_path, monkeypatc
     never_stopped = pd.read_csv(small_run / "metrics.csv")
     pd.testing.assert_frame_equal(pd.read_csv(folder / "metrics.csv"), never_stopped)
     assert (folder / "environment.json").read_text() == environment
+
+
+def test_a_terminated_run_ends_with_143(tmp_path, monkeypatch):
+    step = ClassifierModule.training_step
+
+    def terminated(module, batch, batch_idx):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(module, batch, batch_idx)
+
+    monkeypatch.setattr(ClassifierModule, "training_step", terminated)
+    assert main(["fit", *SMALL, "--run_dir", str(tmp_path / "run")]) == 143
 
 
 @pytest.mark.parametrize(
