@@ -162,7 +162,7 @@ def test_a_run_that_was_not_validated_is_tested_with_its_last_checkpoint(tmp_pat
 
 def test_fast_dev_run_and_limited_tests_write_nothing(small_run, tmp_path, capsys):
     assert main(["fit", *SMALL, "--trainer.fast_dev_run=true", "--run_dir", str(tmp_path / "run")]) == 0
-    assert not list((tmp_path / "run").rglob("*.*")) if (tmp_path / "run").exists() else True
+    assert not list((tmp_path / "run").rglob("*.*"))
     before = sorted(small_run.iterdir())
     config = ["--config", str(small_run / "config.yaml")]
     for command in (["test", "--trainer.limit_test_batches=1"], ["predict", "--trainer.limit_predict_batches=1"]):
