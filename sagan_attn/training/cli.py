@@ -164,7 +164,7 @@ class SaganCLI(LightningCLI):
             callbacks += checkpoint_callbacks(paths)
             kwargs["plugins"] = [*_listed(trainer.plugins), WholeFileIO()]
         if trainer.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
-            callbacks.append(RichProgressBar(refresh_rate=20, leave=True))  # each batch costs a short step 20 %
+            callbacks.append(RichProgressBar(refresh_rate=20, leave=True))  # not redrawn for every batch
         if trainer.enable_model_summary is None:
             kwargs["enable_model_summary"] = False  # it does not know attention's FLOPs; ours says host and grafts
         if trainer.logger in (None, True):
