@@ -9,38 +9,12 @@ downloaded.
 
 import argparse
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
-import lightning as L
 from machine import save
+from timed_cli import TimedCLI
 
 from sagan_attn.training.allocator import keep_freed_memory
-from sagan_attn.training.cli import SaganCLI
-
-
-class Epochs(L.Callback):
-    """Seconds of each training epoch, validation left out."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        self.started = time.perf_counter()
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        self.seconds.append(time.perf_counter() - self.started)
-
-
-class TimedCLI(SaganCLI):
-    epochs: Epochs
-
-    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        trainer = super().instantiate_trainer(**kwargs)
-        self.epochs = Epochs()
-        trainer.callbacks.insert(0, self.epochs)  # type: ignore[attr-defined]
-        return trainer
 
 
 def main() -> None:
@@ -82,7 +56,7 @@ def main() -> None:
                     "validation_accuracy": None if validation is None else float(validation),
                     "parameters": sum(p.numel() for p in cli.model.network.parameters()),
                     "gamma": {name: gamma.item() for name, gamma in cli.model.grafts.gammas().items()},
-                    "seconds_an_epoch": cli.epochs.seconds,
+                    "seconds_an_epoch": cli.clock.seconds,
                     "precision": str(cli.trainer.precision),
                 }
             )

@@ -11,39 +11,18 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
 import torch.nn.functional as F
 from machine import save, summary
+from timed_cli import TimedCLI
 
 from sagan_attn.training.allocator import keep_freed_memory
-from sagan_attn.training.cli import SaganCLI
 from sagan_attn.training.data import LookupData
 from sagan_attn.training.module import ClassifierModule
 from sagan_attn.training.network import build_network
 from sagan_attn.training.optim import create_optimizer, create_schedule
-
-
-class Clock(L.Callback):
-    """Seconds of the training epoch."""
-
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        self.started = time.perf_counter()
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        self.seconds = time.perf_counter() - self.started
-
-
-class TimedCLI(SaganCLI):
-    clock: Clock
-
-    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        trainer = super().instantiate_trainer(**kwargs)
-        self.clock = Clock()
-        trainer.callbacks.insert(0, self.clock)  # type: ignore[attr-defined]
-        return trainer
 
 
 def through_the_cli(images: int, batch: int, folder: Path) -> TimedCLI:
@@ -97,7 +76,7 @@ def main() -> None:
             pairs = zip(cli.model.network.parameters(), other.parameters(), strict=True)
             difference = max(difference, max(float((a - b).detach().abs().max()) for a, b in pairs))
             if repetition:  # the first one warms up
-                seconds["cli"].append(cli.clock.seconds)
+                seconds["cli"].append(cli.clock.seconds[0])
                 seconds["bare"].append(plain)
         steps = images // batch
         results[f"batch {batch}"] = {
