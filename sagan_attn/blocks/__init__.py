@@ -1,8 +1,29 @@
-"""Attention blocks for feature maps; each keeps the shape of its input and starts as the identity."""
+"""Attention blocks: on feature maps, each keeping the shape of its input and starting as the identity; on sequences."""
 
 from sagan_attn.blocks.context import GlobalContext2d
 from sagan_attn.blocks.gate import Gated
+from sagan_attn.blocks.multihead import CrossAttention2d, MultiHeadAttention2d
+from sagan_attn.blocks.nonlocal_ import NonLocal2d
 from sagan_attn.blocks.registry import block_names, create_block
 from sagan_attn.blocks.sagan import SelfAttention2d
+from sagan_attn.blocks.sequence import MultiHeadAttention
+from sagan_attn.blocks.sequence_layers import Decoder, DecoderLayer, Encoder, EncoderLayer
+from sagan_attn.blocks.transformer import DecoderBlock2d, EncoderBlock2d
 
-__all__ = ["Gated", "GlobalContext2d", "SelfAttention2d", "block_names", "create_block"]
+__all__ = [
+    "CrossAttention2d",
+    "Decoder",
+    "DecoderBlock2d",
+    "DecoderLayer",
+    "Encoder",
+    "EncoderBlock2d",
+    "EncoderLayer",
+    "Gated",
+    "GlobalContext2d",
+    "MultiHeadAttention",
+    "MultiHeadAttention2d",
+    "NonLocal2d",
+    "SelfAttention2d",
+    "block_names",
+    "create_block",
+]

@@ -1,14 +1,13 @@
 """Global context without attention: the control an attention block has to beat."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from sagan_attn import functional
-from sagan_attn.blocks.checks import positive
+from sagan_attn.blocks.checks import narrowed, one_of
 from sagan_attn.blocks.pointwise import Pointwise
-from sagan_attn.errors import BlockError
 
 
 class GlobalContext2d(nn.Module):
@@ -18,7 +17,7 @@ class GlobalContext2d(nn.Module):
     convolutions, and `reduce` takes their maximum or mean over all positions. Apart from the key bias of
     `SelfAttention2d`, which a softmax cancels, the number of parameters equals that of `SelfAttention2d` with the
     same channels and reduction, so that a difference in accuracy is not one of size. Input and output
-    [B, channels, H, W], same dtype and strides; gamma starts at 0.
+    [B, in_channels, H, W], same dtype and strides; gamma starts at 0.
 
     Source: the design of controls is this library's own; compare the global context block of Cao et al., GCNet, 2019
     (arXiv:1904.11492), which found the attention of many non-local blocks to be the same for every query.
@@ -29,22 +28,23 @@ class GlobalContext2d(nn.Module):
 
     def __init__(
         self,
-        channels: int,
+        in_channels: int,
         *,
         reduce: Literal["max", "mean"] = "max",
-        reduction: int = 8,
+        reduction: int | None = None,
         gamma_init: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        positive(channels=channels, reduction=reduction)
-        if reduce not in ("max", "mean"):
-            raise BlockError(f"reduce ({reduce!r}) must be 'max' or 'mean'")
-        hidden = max(1, channels // reduction)
+        hidden = narrowed(in_channels, "reduction", min(8, in_channels) if reduction is None else reduction)
+        one_of("reduce", reduce, ("max", "mean"))
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.reduce = reduce
-        self.value = Pointwise(channels, channels)
-        self.squeeze = Pointwise(channels, hidden)
-        self.expand = Pointwise(hidden, channels, bias=False)
-        self.gamma = nn.Parameter(torch.full((1,), float(gamma_init)))
+        self.value = Pointwise(in_channels, in_channels, **dd)
+        self.squeeze = Pointwise(in_channels, hidden, **dd)
+        self.expand = Pointwise(hidden, in_channels, bias=False, **dd)
+        self.gamma = nn.Parameter(torch.full((1,), float(gamma_init), **dd))
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.value(x) + self.expand(self.squeeze(x).relu())  # [B, C, H, W]

@@ -1,23 +1,45 @@
-"""1x1 convolutions: plain, and with spectral normalisation that pickles."""
+"""1x1 convolutions: plain, and with spectral normalisation that pickles; and the ways their weights start."""
+
+from collections.abc import Iterable
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sagan_attn import functional
+from sagan_attn.blocks.checks import one_of
+
+__all__ = ["Init", "Pointwise", "SpectralPointwise", "initialise"]
+
+Init = Literal["torch", "normal", "kaiming", "trunc_normal"]
 
 
 class Pointwise(nn.Conv2d):
     """A 1x1 convolution; `nn.Conv2d(in_channels, out_channels, 1)` that also takes empty maps.
 
-    Input [B, in_channels, H, W], output [B, out_channels, H, W]; raises `BlockError` for any other input.
+    Input [B, in_channels, H, W], output [B, out_channels, H, W]; raises `BlockError` for any other input. The weight
+    of an `nn.Linear` or of an `nn.Conv1d` of size 1 loads as well: it is the same map, position by position.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
-        super().__init__(in_channels, out_channels, kernel_size=1, bias=bias)
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=1, bias=bias, device=device, dtype=dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.pointwise(input, self.weight, self.bias)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        weight = state_dict.get(prefix + "weight")
+        if isinstance(weight, Tensor) and (weight.dim() == 2 or (weight.dim() == 3 and weight.shape[2] == 1)):
+            state_dict[prefix + "weight"] = weight.reshape(*weight.shape[:2], 1, 1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class SpectralPointwise(Pointwise):
@@ -32,13 +54,48 @@ class SpectralPointwise(Pointwise):
     weight_u: Tensor
     weight_v: Tensor
 
-    def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
-        super().__init__(in_channels, out_channels, bias)
-        self.register_buffer("weight_u", F.normalize(torch.randn(out_channels), dim=0))
-        self.register_buffer("weight_v", F.normalize(torch.randn(in_channels), dim=0))
-        for _ in range(15):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_channels, out_channels, bias, device, dtype)
+        self.register_buffer("weight_u", F.normalize(torch.randn(out_channels, device=device, dtype=dtype), dim=0))
+        self.register_buffer("weight_v", F.normalize(torch.randn(in_channels, device=device, dtype=dtype), dim=0))
+        self.iterate()
+
+    def iterate(self, steps: int = 15) -> None:
+        """Improve the singular vectors, which changed weights call for. Without weights (device "meta") nothing."""
+        for _ in range(steps):
             functional.spectrally_normalized(self.weight, self.weight_u, self.weight_v, update=True)
 
     def forward(self, input: Tensor) -> Tensor:
         weight = functional.spectrally_normalized(self.weight, self.weight_u, self.weight_v, self.training)
         return functional.pointwise(input, weight, self.bias)
+
+
+def initialise(convs: Iterable[Pointwise | None], init: Init) -> None:
+    """Give convolutions their first weights.
+
+    "torch": those of `nn.Conv2d`. "normal": N(0, 0.01). "kaiming": He's for the outputs (fan_out). "trunc_normal":
+    standard deviation in_channels^-0.5, cut at 2. The last three set biases to 0. Raises `BlockError` for another.
+    """
+    one_of("init", init, get_args(Init))
+    if init == "torch":
+        return
+    for conv in convs:
+        if conv is None:
+            continue
+        if init == "normal":
+            nn.init.normal_(conv.weight, std=0.01)
+        elif init == "kaiming":
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        else:
+            nn.init.trunc_normal_(conv.weight, std=conv.in_channels**-0.5)
+        if conv.bias is not None:
+            nn.init.zeros_(conv.bias)
+        if isinstance(conv, SpectralPointwise):
+            conv.iterate()

@@ -12,7 +12,10 @@ from typing import Any
 from torch import nn
 
 from sagan_attn.blocks.context import GlobalContext2d
+from sagan_attn.blocks.multihead import CrossAttention2d, MultiHeadAttention2d
+from sagan_attn.blocks.nonlocal_ import NonLocal2d
 from sagan_attn.blocks.sagan import SelfAttention2d
+from sagan_attn.blocks.transformer import DecoderBlock2d, EncoderBlock2d
 from sagan_attn.errors import BlockError
 
 BlockFactory = Callable[..., nn.Module]
@@ -20,14 +23,46 @@ BlockFactory = Callable[..., nn.Module]
 
 @dataclass(frozen=True)
 class Form:
-    """A named block: a factory that takes the channels first, and the options the name stands for."""
+    """A named block: a factory that takes the channels first, and the options the name stands for.
+
+    An option that depends on the channels is a function of their number.
+    """
 
     factory: BlockFactory
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+def _at_most(reduction: int) -> Callable[[int], int]:
+    """A reduction by that factor, or to 1 channel where there are fewer channels."""
+    return lambda channels: min(reduction, channels)
+
+
 FORMS: dict[str, Form] = {
     "sagan": Form(SelfAttention2d),
+    "sagan-paper": Form(SelfAttention2d, {"value_reduction": _at_most(8), "bias": False}),
+    "biggan": Form(SelfAttention2d, {"value_reduction": _at_most(2), "bias": False, "pool": 2, "spectral_norm": True}),
+    "fastai": Form(SelfAttention2d, {"bias": False, "spectral_norm": True}),
+    "botnet": Form(
+        SelfAttention2d,
+        {
+            "heads": 4,
+            "reduction": 1,
+            "scale": "sqrt",
+            "bias": False,
+            "position": "relative",
+            "init": "trunc_normal",
+        },
+    ),
+    "nonlocal": Form(NonLocal2d),
+    "nonlocal-caffe2": Form(NonLocal2d, {"scale": "sqrt", "pool": 2, "pool_first": True, "init": "normal"}),
+    "nonlocal-alexhex7": Form(NonLocal2d, {"pool": 2}),
+    "nonlocal-mmcv": Form(NonLocal2d, {"scale": "sqrt", "norm": False, "init": "normal"}),
+    "nonlocal-timm": Form(NonLocal2d, {"scale": "input", "reduction": 8, "divisor": 8, "init": "kaiming"}),
+    "multihead": Form(MultiHeadAttention2d),
+    "additive": Form(MultiHeadAttention2d, {"score": "additive", "heads": 1, "reduction": _at_most(8)}),
+    "cross": Form(CrossAttention2d),
+    "encoder": Form(EncoderBlock2d),
+    "decoder": Form(DecoderBlock2d),
     "context-max": Form(GlobalContext2d, {"reduce": "max"}),
     "context-mean": Form(GlobalContext2d, {"reduce": "mean"}),
 }
@@ -46,15 +81,18 @@ def get_form(name: str) -> Form:
     return FORMS[name]
 
 
-def create_block(name: str, channels: int, **options: Any) -> nn.Module:
+def create_block(name: str, in_channels: int, **options: Any) -> nn.Module:
     """The block of that name for maps with so many channels; options override those of the name.
+
+    `functools.partial(create_block, name)` goes wherever a class of blocks does, as in timm's `attn_layer`.
 
     Raises:
         BlockError: an unknown name, an option the block does not have, or one it refuses.
     """
     form = get_form(name)
     check_options(name, form.factory, options)
-    return form.factory(channels, **{**form.options, **options})
+    own = {option: v(in_channels) if callable(v) else v for option, v in form.options.items() if option not in options}
+    return form.factory(in_channels, **own, **options)
 
 
 def check_options(name: str, factory: BlockFactory, options: Mapping[str, Any]) -> None:

@@ -1,0 +1,183 @@
+"""What all attention blocks on maps share: from maps to rows of queries, keys and values, and back."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from sagan_attn import functional
+from sagan_attn.blocks.checks import one_of, positive
+from sagan_attn.blocks.pointwise import Pointwise
+from sagan_attn.errors import BlockError
+from sagan_attn.functional.attention import Normalize, Score
+from sagan_attn.functional.paths import PATHS, Path
+
+__all__ = ["MapAttention", "Position", "resolve_scale"]
+
+Position = Literal["relative", "relative_scaled", "sinusoidal"]
+
+
+class MapAttention(nn.Module):
+    """Attention between the positions of one map, or from those of one map to those of another, without a residual.
+
+    Subclasses set `query`, `key`, `value` and `output` (1x1 convolutions; None for the map as it is) and add `branch`
+    to the input in their own way.
+
+    Args:
+        heads: number of heads.
+        scale: factor on the scores.
+        context_channels: channels of the map that keys and values come from.
+        head_size: d.
+        score, normalize: see `functional.attention_weights`.
+        pool: max-pooling window and stride on keys and values.
+        pool_first: pool before the convolutions of keys and values instead of after them.
+        position: see `MultiHeadAttention2d`.
+        position_size: height and width that the tables of relative positions are made for.
+        dropout: of weights, in training.
+        path: see `functional.attend`.
+    """
+
+    query: Pointwise | None
+    key: Pointwise | None
+    value: Pointwise
+    output: Pointwise | None
+
+    def __init__(
+        self,
+        *,
+        heads: int,
+        scale: float,
+        context_channels: int,
+        head_size: int,
+        score: Score = "dot",
+        normalize: Normalize = "softmax",
+        pool: int = 1,
+        pool_first: bool = False,
+        position: Position | None = None,
+        position_size: int | tuple[int, int] = 14,
+        dropout: float = 0.0,
+        path: Path = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        positive(pool=pool)
+        one_of("path", path, PATHS)
+        one_of("position", position, (None, *get_args(Position)))
+        self.heads = heads
+        self.scale = scale
+        self.context_channels = context_channels
+        self.score: Score = score
+        self.normalize: Normalize = normalize
+        self.pool = pool
+        self.pool_first = pool_first
+        self.position = position
+        self.dropout = dropout
+        self.path: Path = path
+        dd: Mapping[str, Any] = {"device": device, "dtype": dtype}
+        self.score_vector = None
+        if score != "dot":
+            length = head_size if score == "additive" else 2 * head_size
+            self.score_vector = nn.Parameter(torch.empty(heads, length, **dd))
+            nn.init.uniform_(self.score_vector, -(length**-0.5), length**-0.5)  # as a convolution to 1 channel
+        self.height_rel = self.width_rel = None
+        if position in ("relative", "relative_scaled"):
+            if pool > 1:
+                raise BlockError(f"position ({position!r}) needs keys at the positions of the queries: pool must be 1")
+            height, width = (position_size, position_size) if isinstance(position_size, int) else position_size
+            positive(position_size=height)
+            positive(position_size=width)
+            self.height_rel = nn.Parameter(torch.empty(2 * height - 1, head_size, **dd))
+            self.width_rel = nn.Parameter(torch.empty(2 * width - 1, head_size, **dd))
+            for table in (self.height_rel, self.width_rel):
+                nn.init.trunc_normal_(table, std=head_size**-0.5)
+        elif position == "sinusoidal" and context_channels % 4:
+            raise BlockError(f"position ('sinusoidal') needs channels in fours, not {context_channels}")
+
+    def branch(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Attention from the positions of x to those of the context, projected: [B, C, H, W] for x [B, C, H, W].
+
+        context: [B, context_channels, Hc, Wc]; None for x itself. mask: boolean [B, Hc, Wc], True at positions to
+        attend to; None for all. A sample without any gets a weighted sum of 0.
+        """
+        context = functional.context_of(x, context, self.context_channels)
+        query, key = self.query_and_key(x, context, mask)
+        value = functional.split_heads(self._keys_of(self.value, context, mask), self.heads)  # [B, h, M, D]
+        dropout = self.dropout if self.training else 0.0
+        how = self._how(x, context, mask)
+        rows = functional.attend(query, key, value, self.scale, dropout=dropout, path=self.path, **how)  # [B, h, N, D]
+        branch = functional.merge_heads(rows, x)  # [B, h*D, H, W]
+        return branch if self.output is None else self.output(branch)
+
+    def query_and_key(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Queries [B, h, N, d] of a map and keys [B, h, M, d] of the context."""
+        if self.position == "sinusoidal":
+            x, context = functional.add_sinusoids(x), functional.add_sinusoids(context)
+        query = functional.split_heads(x if self.query is None else self.query(x), self.heads)
+        return query, functional.split_heads(self._keys_of(self.key, context, mask), self.heads)
+
+    def attention_weights(
+        self,
+        x: Tensor,
+        queries: Tensor | None = None,
+        *,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Weights of the block on a map x [B, C, H, W], as [B, h, Q, M], before any dropout.
+
+        queries: row-major positions (row * W + column), [Q] or one set a sample [B, Q]; None for all N. The keys are
+        the positions of the context in row-major order, M = ceil(Hc/pool) * ceil(Wc/pool). context, mask: as in
+        `branch`.
+        """
+        context = functional.context_of(x, context, self.context_channels)
+        query, key = self.query_and_key(x, context, mask)
+        how = self._how(x, context, mask)
+        if queries is not None:
+            index = queries.expand(len(x), -1)  # [B, Q]
+            query = query.take_along_dim(index[:, None, :, None], dim=2)
+            how["index"] = index
+        return functional.attention_weights(query, key, self.scale, **how)
+
+    def attention_shape(
+        self, height: int, width: int, context_size: tuple[int, int] | None = None
+    ) -> tuple[int, int, int]:
+        """Heads, queries and keys (h, N, M) on a map of that size, with a context of that height and width."""
+        rows, columns = context_size or (height, width)
+        return self.heads, height * width, -(-rows // self.pool) * -(-columns // self.pool)
+
+    def _keys_of(self, projection: Pointwise | None, context: Tensor, mask: Tensor | None) -> Tensor:
+        """The map of keys or values, pooled: [B, h*d, Hc, Wc]."""
+        if projection is None:
+            return functional.pool_map(context, self.pool, mask)
+        if self.pool_first:
+            return projection(functional.pool_map(context, self.pool, mask))
+        return functional.pool_map(projection(context), self.pool, mask)
+
+    def _how(self, x: Tensor, context: Tensor, mask: Tensor | None) -> dict[str, Any]:
+        """The arguments of `functional.attention_weights` beside query, key and scale."""
+        how: dict[str, Any] = {"mask": functional.key_mask(context, self.pool, mask)}
+        if self.score != "dot":
+            how |= {"score": self.score, "vector": self.score_vector}
+        if self.normalize != "softmax":
+            how["normalize"] = self.normalize
+        if self.height_rel is not None:
+            factor = self.scale if self.position == "relative_scaled" else 1.0
+            how["position"] = functional.relative_tables(self.height_rel, self.width_rel, x, factor)
+        return how
+
+    def extra_repr(self) -> str:
+        options = {"heads": self.heads, "scale": f"{self.scale:g}", "pool": self.pool, "path": self.path}
+        return ", ".join(f"{name}={value}" for name, value in options.items())
+
+
+def resolve_scale(scale: float | str | None, size: int) -> float:
+    """The factor on the scores for heads of `size` features. Raises `BlockError` for an unknown word."""
+    if scale is None:
+        return 1.0
+    if scale == "sqrt":
+        return size**-0.5
+    if isinstance(scale, (str, bool)):
+        raise BlockError(f"scale ({scale!r}) must be a number, 'sqrt' or None")
+    return float(scale)

@@ -1,0 +1,113 @@
+"""Scores, weights and output of attention on rows of positions [B, h, N, d]."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sagan_attn.errors import BlockError
+from sagan_attn.functional.positions import relative_logits
+from sagan_attn.functional.precision import no_autocast
+
+__all__ = ["Normalize", "Score", "allowed_keys", "attention_output", "attention_weights"]
+
+Score = Literal["dot", "additive", "concatenation"]
+Normalize = Literal["softmax", "mean"]
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    scale: float = 1.0,
+    *,
+    score: Score = "dot",
+    normalize: Normalize = "softmax",
+    vector: Tensor | None = None,
+    position: tuple[Tensor, Tensor] | None = None,
+    index: Tensor | None = None,
+    valid_lens: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The weight each query gives to each key, [B, h, N, M].
+
+    Computed and returned in float32 (float64 for float64 inputs), under autocast too: unscaled scores pass the
+    largest float16, 65504, easily. Weights at masked keys are exactly 0, and so are all weights of a query without
+    any valid key (torch's `nn.MultiheadAttention` gives NaN there); masked scores take no part in anything, but a
+    NaN in a masked *value* still spoils the output, because 0 * NaN is NaN.
+
+    Args:
+        query: [B, h, N, d].
+        key: [B, h, M, d].
+        scale: factor on the scores.
+        score: "dot" q.k; "additive" v.tanh(q + k) with v the vector [h, d] (Bahdanau et al. 2014,
+            arXiv:1409.0473); "concatenation" relu(w.[q; k]) with w the vector [h, 2*d] (Wang et al. 2018,
+            arXiv:1711.07971). The first and the last never hold more than N*M numbers a head, the additive score N*M*d.
+        normalize: "softmax" over the keys; "mean" divides the scores by the number of valid keys.
+        vector: learned vector of the additive and concatenation scores.
+        position: tables [2*H-1, d] and [2*W-1, d] of relative positions for a map whose positions are the keys; adds
+            `relative_logits` of the queries, not scaled, to the scores.
+        index: which positions of that map the queries are, [N] or [B, N]; None for all in order.
+        valid_lens: number of valid keys, which come first; [B] or, for each query its own, [B, N].
+        mask: boolean, True at keys that may be attended to; of 4 dimensions, broadcast to [B, h, N, M].
+
+    Raises:
+        BlockError: valid_lens or mask of another shape or kind.
+    """
+    precise = torch.promote_types(query.dtype, torch.float32)
+    with no_autocast(query):
+        query, key = query.to(precise), key.to(precise)
+        if score == "dot":
+            scores = torch.matmul(query * scale, key.transpose(-2, -1))  # [B, h, N, M]
+        elif score == "additive":
+            features = (query[:, :, :, None] + key[:, :, None]).tanh()  # [B, h, N, M, d]
+            scores = (features @ vector.to(precise)[:, None, :, None])[..., 0] * scale  # [B, h, N, M]
+        else:
+            of_query, of_key = vector.to(precise)[:, None, :].chunk(2, dim=-1)  # [h, 1, d] each
+            both = (query * of_query).sum(-1)[..., None] + (key * of_key).sum(-1)[:, :, None]
+            scores = both.relu() * scale  # [B, h, N, M]
+        if position is not None:
+            height_rel, width_rel = position
+            scores = scores + relative_logits(query, height_rel.to(precise), width_rel.to(precise), index)
+        allowed = allowed_keys(scores.shape, scores.device, valid_lens, mask)
+        if normalize == "mean":
+            if allowed is None:
+                return scores / max(key.shape[2], 1)
+            return scores.masked_fill(~allowed, 0) / allowed.sum(-1, keepdim=True).clamp(min=1)
+        if allowed is None:
+            return scores.softmax(dim=-1)
+        # The lowest number instead of -inf: a row of -inf alone would become NaN, and its gradient too.
+        scores = scores.masked_fill(~allowed, torch.finfo(precise).min)
+        return scores.softmax(dim=-1).masked_fill(~allowed, 0)
+
+
+def allowed_keys(
+    shape: Sequence[int], device: torch.device, valid_lens: Tensor | None, mask: Tensor | None
+) -> Tensor | None:
+    """Which keys may be attended to, by valid_lens and mask of `attention_weights` for scores of that shape.
+
+    Of 4 dimensions: M keys, and the others as large as those of the scores or 1. None for all keys.
+    """
+    b, _, n, m = shape
+    allowed = None
+    if valid_lens is not None:
+        if valid_lens.is_floating_point() or tuple(valid_lens.shape) not in ((b,), (b, n)):
+            raise BlockError(
+                f"valid_lens of shape {tuple(valid_lens.shape)} and {valid_lens.dtype} must be whole numbers of shape "
+                f"({b},) or ({b}, {n})"
+            )
+        allowed = torch.arange(m, device=device) < valid_lens.reshape(b, 1, -1, 1)  # [B, 1, 1 or N, M]
+    if mask is not None:
+        fits = mask.dim() == 4 and all(size in (1, full) for size, full in zip(mask.shape, shape, strict=True))
+        if mask.dtype != torch.bool or not fits:
+            raise BlockError(
+                f"mask of shape {tuple(mask.shape)} and {mask.dtype} must be boolean, True at keys to attend to, and "
+                f"broadcast to [B, h, N, M] = {tuple(shape)}"
+            )
+        allowed = mask if allowed is None else allowed & mask
+    return None if allowed is None else allowed.expand(*allowed.shape[:-1], m)
+
+
+def attention_output(weights: Tensor, value: Tensor) -> Tensor:
+    """Each query's weighted sum of values. weights [B, h, N, M], value [B, h, M, D]; returns [B, h, N, D]."""
+    return torch.matmul(weights.to(value.dtype), value)

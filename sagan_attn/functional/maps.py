@@ -1,0 +1,181 @@
+"""Feature maps around attention: projections, pooling, heads, norms and residuals, without parameters."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sagan_attn.errors import BlockError
+from sagan_attn.functional.positions import sinusoids
+from sagan_attn.functional.precision import no_autocast
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """1x1 convolution of a map.
+
+    x [B, C, H, W], weight [O, C, 1, 1], bias [O]; returns [B, O, H, W]. Unlike `F.conv2d` it takes maps with H or W
+    of 0. Raises `BlockError` for an input that is not a map with C channels.
+    """
+    if x.dim() != 4 or x.shape[1] != weight.shape[1]:
+        raise BlockError(
+            f"input of shape {tuple(x.shape)} does not fit: a map [B, {weight.shape[1]}, H, W] is required"
+        )
+    if x.shape[2] == 0 or x.shape[3] == 0:
+        empty = torch.einsum("bchw,oc->bohw", x, weight[:, :, 0, 0])  # the weights stay part of the graph
+        return empty if bias is None else empty + bias.to(empty.dtype)[:, None, None]
+    return F.conv2d(x, weight, bias)
+
+
+def pool_map(x: Tensor, size: int, mask: Tensor | None = None) -> Tensor:
+    """Max pooling with window and stride `size`; a window that hangs over the edge counts, so no position is lost.
+
+    x [B, C, H, W]; returns [B, C, ceil(H/size), ceil(W/size)]. For H and W divisible by `size` this is the usual
+    pooling of the public SAGAN and BigGAN codes, which fail on odd and on 1x1 maps. mask, boolean [B, H, W]: the
+    maximum is taken over its true positions, and is 0 in windows without any.
+    """
+    if size == 1 or x.shape[2] == 0 or x.shape[3] == 0:
+        return x
+    if mask is None:
+        return F.max_pool2d(x, size, ceil_mode=True)
+    _check_mask(mask, x)
+    pooled = F.max_pool2d(x.masked_fill(~mask[:, None], torch.finfo(x.dtype).min), size, ceil_mode=True)
+    return pooled.masked_fill(~_pool_mask(mask, size), 0)
+
+
+def key_mask(x: Tensor, size: int, mask: Tensor | None) -> Tensor | None:
+    """The mask [B, 1, 1, M] of the keys made by `pool_map` from a map x [B, C, H, W] with a mask [B, H, W].
+
+    None for None. Raises `BlockError` for a mask that does not fit the map.
+    """
+    if mask is None:
+        return None
+    _check_mask(mask, x)
+    if size > 1 and mask.numel():
+        mask = _pool_mask(mask, size)[:, 0]
+    return mask.flatten(1)[:, None, None]
+
+
+def _pool_mask(mask: Tensor, size: int) -> Tensor:
+    """[B, 1, ceil(H/size), ceil(W/size)]: which windows hold a true position of a mask [B, H, W]."""
+    return F.max_pool2d(mask[:, None].to(torch.float32), size, ceil_mode=True) > 0
+
+
+def _check_mask(mask: Tensor, x: Tensor) -> None:
+    if mask.dtype != torch.bool or mask.shape != (x.shape[0], *x.shape[2:]):
+        raise BlockError(
+            f"mask of shape {tuple(mask.shape)} and {mask.dtype} must be boolean, True at positions to attend to, and "
+            f"of shape [B, H, W] = {(x.shape[0], *x.shape[2:])}, as the map of the keys"
+        )
+
+
+def context_of(x: Tensor, context: Tensor | None, channels: int) -> Tensor:
+    """The map that keys and values come from: context, or x itself for None.
+
+    Raises `BlockError` if it does not have that many channels, or another batch size than x.
+    """
+    source = x if context is None else context
+    if source.dim() != 4 or source.shape[1] != channels or source.shape[0] != x.shape[0]:
+        found = "none was given, and the input" if context is None else "one"
+        raise BlockError(
+            f"a context of shape [{x.shape[0]}, {channels}, H, W] is required: {found} of shape {tuple(source.shape)} "
+            "does not fit"
+        )
+    return source
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """A map [B, h*d, H, W] as rows of positions [B, h, N, d]: a view where the strides of x allow it."""
+    b, c, height, width = x.shape
+    return x.reshape(b, heads, c // heads, height * width).transpose(2, 3)
+
+
+def merge_heads(rows: Tensor, like: Tensor) -> Tensor:
+    """Rows of positions [B, h, N, D] as a map [B, h*D, H, W], with H and W those of `like`."""
+    b, heads, _, size = rows.shape
+    return rows.transpose(2, 3).reshape(b, heads * size, like.shape[2], like.shape[3])
+
+
+def gated_residual(x: Tensor, branch: Tensor, gamma: Tensor) -> Tensor:
+    """`x + gamma * branch`, in the dtype and with the strides of x.
+
+    x and branch [B, C, H, W], gamma of one element. With gamma 0 and a finite branch the result equals x bit for
+    bit. Keeping dtype and strides matters for that promise further on: in another memory format or precision the
+    host's next layer rounds differently. The branch and gamma are brought to x's dtype first, so a float32 gamma
+    does not promote a bfloat16 map, nor a half-precision branch lower a float32 one.
+    """
+    branch, gamma = branch.to(x.dtype), gamma.to(x.dtype)
+    out = torch.addcmul(x, branch, gamma)
+    if out.stride() != x.stride():
+        # A sum of two maps takes the strides of the first, except along sides of length 1. A clone keeps those too.
+        out = x.clone().addcmul_(branch, gamma)
+    return out
+
+
+def residual(x: Tensor, branch: Tensor) -> Tensor:
+    """`x + branch`, in the dtype and with the strides of x; see `gated_residual`. x and branch [B, C, H, W]."""
+    branch = branch.to(x.dtype)
+    out = torch.add(x, branch)
+    if out.stride() != x.stride():
+        out = x.clone().add_(branch)
+    return out
+
+
+def add_sinusoids(x: Tensor) -> Tensor:
+    """A map [B, C, H, W] plus sine and cosine of row and column; C a multiple of 4."""
+    return x + sinusoids(x.shape[1], x.shape[2], x.shape[3], like=x).to(x.dtype)
+
+
+def channel_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Layer norm over the channels of each position. x [B, C, H, W], weight and bias [C]."""
+    rows = x.permute(0, 2, 3, 1)
+    return F.layer_norm(rows, rows.shape[-1:], weight, bias, eps).permute(0, 3, 1, 2)
+
+
+def branch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """Batch norm that also takes maps with one value a channel or none, which have no variance.
+
+    Those are normalised by the running statistics, which they do not move. x [B, C, H, W], the others [C].
+    """
+    training = training and x.numel() > x.shape[1]
+    if x.numel() == 0:
+        return x * weight[:, None, None] + bias[:, None, None]
+    return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def spectrally_normalized(weight: Tensor, u: Tensor, v: Tensor, update: bool, eps: float = 1e-12) -> Tensor:
+    """A weight over the estimate u.W v of its largest singular value, W being the weight as [out, in * ...].
+
+    weight [out, in, ...], u [out] and v [in * ...] its singular vectors, first improved in place by one step of power
+    iteration if `update`. Gradients flow through W in the estimate. Computed in the dtype of the weight, under
+    autocast too.
+    """
+    with no_autocast(weight):
+        matrix = weight.flatten(1)
+        if update:
+            with torch.no_grad():
+                u.copy_(F.normalize(matrix @ v, dim=0, eps=eps))
+                v.copy_(F.normalize(matrix.T @ u, dim=0, eps=eps))
+        # Clones, because a second forward before backward changes u and v in place.
+        return weight / (u.clone() @ (matrix @ v.clone()))
+
+
+def summarize(x: Tensor, reduce: str) -> Tensor:
+    """Maximum ("max") or mean ("mean") of a map [B, C, H, W] over its positions, [B, C, 1, 1]; 0 for an empty map."""
+    if x.shape[2] == 0 or x.shape[3] == 0:
+        return x.sum(dim=(2, 3), keepdim=True)
+    return x.amax(dim=(2, 3), keepdim=True) if reduce == "max" else x.mean(dim=(2, 3), keepdim=True)
+
+
+def difference(y: Tensor, x: Tensor) -> Tensor:
+    """`y - x` for two maps of one shape; broadcasting is refused with `BlockError`."""
+    if y.shape != x.shape:
+        raise BlockError(f"a gated block must keep the shape of its input: got {tuple(y.shape)} for {tuple(x.shape)}")
+    return y - x

@@ -1,0 +1,132 @@
+"""One door to attention, and the ways through it: the same numbers, other memory and time."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from sagan_attn.errors import BlockError
+from sagan_attn.functional.attention import allowed_keys, attention_output, attention_weights
+from sagan_attn.functional.precision import no_autocast
+
+__all__ = ["PATHS", "Path", "attend"]
+
+Path = Literal["auto", "materialised", "chunked", "factored"]
+PATHS = get_args(Path)
+
+MATERIALISED_SCORES = 2**26  # 256 MB in float32; "auto" takes the chunked path above
+CHUNK_SCORES = 2**22  # held at a time by the chunked path
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float = 1.0,
+    *,
+    dropout: float = 0.0,
+    path: Path = "auto",
+    **how: Any,
+) -> Tensor:
+    """Attention: each query's sum of values, weighted by `attention_weights(query, key, scale, **how)`.
+
+    query [B, h, N, d], key [B, h, M, d], value [B, h, M, D]; returns [B, h, N, D] in the dtype of value.
+
+    Args:
+        scale, how: see `attention_weights`.
+        dropout: probability of a weight to be set to 0, the others growing by 1 / (1 - dropout).
+        path: "materialised" holds all B*h*N*M weights, and keeps as many numbers again for the backward pass.
+            "chunked" goes through the queries in groups and computes their weights once more in the backward pass:
+            memory grows linearly with N. "factored", q (k^T v) instead of (q k^T) v, is linear in time as well; it
+            serves the dot score with normalize="mean", without position or dropout, and masks over keys alone.
+            "auto" is factored where that serves, chunked for more than 67 million scores (tanh features of the
+            additive score), else materialised; `torch.export` gets no chunks, whose number would be fixed.
+
+    Raises:
+        BlockError: an unknown path, or one that cannot serve what is asked; see also `attention_weights`.
+    """
+    if path not in PATHS:
+        raise BlockError(f"path ({path!r}) must be one of {', '.join(PATHS)}")
+    obstacle = _obstacle_to_factoring(dropout, how)
+    if path == "factored" and obstacle:
+        raise BlockError(f"path 'factored' cannot serve {obstacle}")
+    if path == "factored" or (path == "auto" and not obstacle):
+        return _factored(query, key, value, scale, how)
+    large = path == "auto" and _scores(query, key, how) > MATERIALISED_SCORES and not torch.compiler.is_exporting()
+    if path == "chunked" or large:
+        return _chunked(query, key, value, scale, dropout, how)
+    return _materialised(query, key, value, scale, dropout, how)
+
+
+def _scores(query: Tensor, key: Tensor, how: Mapping[str, Any]) -> int:
+    """How many numbers the scores of all queries take."""
+    b, heads, n, d = query.shape
+    return b * heads * n * key.shape[2] * (d if how.get("score") == "additive" else 1)
+
+
+def _materialised(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float, how: Mapping[str, Any]
+) -> Tensor:
+    weights = attention_weights(query, key, scale, **how)
+    return attention_output(F.dropout(weights, dropout) if dropout else weights, value)
+
+
+def _chunked(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float, how: Mapping[str, Any]) -> Tensor:
+    n = query.shape[2]
+    if n == 0:
+        return _materialised(query, key, value, scale, dropout, how)
+    size = max(1, CHUNK_SCORES * n // max(_scores(query, key, how), 1))
+    how = dict(how)
+    if how.get("position") is not None and how.get("index") is None:
+        how["index"] = torch.arange(n, device=query.device)
+    run = _materialised
+    if torch.is_grad_enabled():
+
+        def run(*args: Any) -> Tensor:
+            return checkpoint(_materialised, *args, use_reentrant=False)
+
+    parts = [slice(start, start + size) for start in range(0, n, size)]
+    return torch.cat([run(query[:, :, p], key, value, scale, dropout, _rows(how, p)) for p in parts], dim=2)
+
+
+def _rows(how: Mapping[str, Any], part: slice) -> dict[str, Any]:
+    """The arguments of `attention_weights` for a part of the queries."""
+    index, lens, mask = (how.get(name) for name in ("index", "valid_lens", "mask"))
+    own = dict(how)
+    if index is not None:
+        own["index"] = index[..., part]
+    if lens is not None and lens.dim() == 2:
+        own["valid_lens"] = lens[:, part]
+    if mask is not None and mask.dim() == 4 and mask.shape[2] > 1:
+        own["mask"] = mask[:, :, part]
+    return own
+
+
+def _obstacle_to_factoring(dropout: float, how: Mapping[str, Any]) -> str | None:
+    """What keeps the sum over keys from being done before the queries come in; None if nothing does."""
+    if how.get("score", "dot") != "dot" or how.get("normalize") != "mean":
+        return f"score {how.get('score', 'dot')!r} with normalize {how.get('normalize', 'softmax')!r}"
+    if how.get("position") is not None or dropout:
+        return "a position in the scores" if not dropout else "dropout of weights"
+    lens, mask = how.get("valid_lens"), how.get("mask")
+    if (lens is not None and lens.dim() > 1) or (mask is not None and mask.dim() == 4 and mask.shape[2] > 1):
+        return "a mask that differs from query to query"
+    return None
+
+
+def _factored(query: Tensor, key: Tensor, value: Tensor, scale: float, how: Mapping[str, Any]) -> Tensor:
+    b, heads, n, _ = query.shape
+    m = key.shape[2]
+    precise = torch.promote_types(query.dtype, torch.float32)
+    allowed = allowed_keys((b, heads, n, m), key.device, how.get("valid_lens"), how.get("mask"))
+    with no_autocast(query):
+        key = key.to(precise)
+        count: Tensor | int = max(m, 1)
+        if allowed is not None:
+            key = key.masked_fill(~allowed.transpose(-2, -1), 0)
+            count = allowed.sum(-1, keepdim=True).clamp(min=1)  # [B or 1, h or 1, 1, 1]
+        summary = torch.matmul(key.transpose(-2, -1), value.to(precise))  # [B, h, d, D]
+        return (torch.matmul(query.to(precise), summary) * scale / count).to(value.dtype)
