@@ -106,9 +106,13 @@ WIDE_HOSTS = {
 
 def open_gates(grafts: Any, value: float = 0.7) -> None:
     """Make the grafts do something."""
+    gammas = grafts.gammas()
     with torch.no_grad():
-        for gamma in grafts.gammas().values():
-            gamma.fill_(value)
+        for name, parameter in grafts.named_parameters():
+            if name in gammas:
+                parameter.fill_(value)
+            elif not parameter.count_nonzero():  # what starts at 0 in a block without gamma
+                parameter.normal_(0, value)
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:

@@ -25,6 +25,7 @@ class MapAttention(nn.Module):
     to the input in their own way.
 
     Args:
+        in_channels: channels of the map whose positions ask.
         heads: number of heads.
         scale: factor on the scores.
         context_channels: channels of the map that keys and values come from.
@@ -45,6 +46,7 @@ class MapAttention(nn.Module):
 
     def __init__(
         self,
+        in_channels: int,
         *,
         heads: int,
         scale: float,
@@ -65,6 +67,7 @@ class MapAttention(nn.Module):
         positive(pool=pool)
         one_of("path", path, PATHS)
         one_of("position", position, (None, *get_args(Position)))
+        self.in_channels = in_channels
         self.heads = heads
         self.scale = scale
         self.context_channels = context_channels
@@ -86,12 +89,8 @@ class MapAttention(nn.Module):
             if pool > 1:
                 raise BlockError(f"position ({position!r}) needs keys at the positions of the queries: pool must be 1")
             height, width = (position_size, position_size) if isinstance(position_size, int) else position_size
-            positive(position_size=height)
-            positive(position_size=width)
-            self.height_rel = nn.Parameter(torch.empty(2 * height - 1, head_size, **dd))
-            self.width_rel = nn.Parameter(torch.empty(2 * width - 1, head_size, **dd))
-            for table in (self.height_rel, self.width_rel):
-                nn.init.trunc_normal_(table, std=head_size**-0.5)
+            self.height_rel = _offset_table(height, head_size, dd)
+            self.width_rel = _offset_table(width, head_size, dd)
         elif position == "sinusoidal" and context_channels % 4:
             raise BlockError(f"position ('sinusoidal') needs channels in fours, not {context_channels}")
 
@@ -162,14 +161,21 @@ class MapAttention(nn.Module):
             how |= {"score": self.score, "vector": self.score_vector}
         if self.normalize != "softmax":
             how["normalize"] = self.normalize
-        if self.height_rel is not None:
+        if self.height_rel is not None and self.width_rel is not None:
             factor = self.scale if self.position == "relative_scaled" else 1.0
             how["position"] = functional.relative_tables(self.height_rel, self.width_rel, x, factor)
         return how
 
     def extra_repr(self) -> str:
-        options = {"heads": self.heads, "scale": f"{self.scale:g}", "pool": self.pool, "path": self.path}
-        return ", ".join(f"{name}={value}" for name, value in options.items())
+        options = {"heads": self.heads, "scale": f"{self.scale:g}", "pool": self.pool}
+        options |= {"position": self.position} if self.position else {}
+        options |= {"path": self.path} if self.path != "auto" else {}
+        return ", ".join([str(self.in_channels), *(f"{name}={value}" for name, value in options.items())])
+
+
+def _offset_table(size: int, features: int, dd: Mapping[str, Any]) -> nn.Parameter:
+    positive(position_size=size)
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(2 * size - 1, features, **dd), std=features**-0.5))
 
 
 def resolve_scale(scale: float | str | None, size: int) -> float:

@@ -40,6 +40,7 @@ class GlobalContext2d(nn.Module):
         hidden = narrowed(in_channels, "reduction", min(8, in_channels) if reduction is None else reduction)
         one_of("reduce", reduce, ("max", "mean"))
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.in_channels = in_channels
         self.reduce = reduce
         self.value = Pointwise(in_channels, in_channels, **dd)
         self.squeeze = Pointwise(in_channels, hidden, **dd)
@@ -52,4 +53,4 @@ class GlobalContext2d(nn.Module):
         return functional.gated_residual(x, context.expand_as(x), self.gamma)
 
     def extra_repr(self) -> str:
-        return f"channels={self.value.in_channels}, reduce={self.reduce}"
+        return f"{self.in_channels}, reduce={self.reduce}"

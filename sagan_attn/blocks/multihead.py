@@ -72,6 +72,7 @@ class CrossAttention2d(MapAttention):
         factor = resolve_scale(scale, inner // heads)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(
+            query_channels,
             heads=heads,
             scale=factor if score == "dot" else 1.0,
             context_channels=context_channels,

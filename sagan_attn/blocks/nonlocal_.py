@@ -81,6 +81,7 @@ class NonLocal2d(MapAttention):
         factor = resolve_scale(in_channels**-0.5 if scale == "input" else scale, size)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(
+            in_channels,
             heads=1,
             scale=factor if mode == "embedded_gaussian" else 1.0,
             context_channels=in_channels,
@@ -107,7 +108,7 @@ class NonLocal2d(MapAttention):
         return functional.residual(x, branch if self.norm is None else self.norm(branch))
 
     def extra_repr(self) -> str:
-        return f"mode={self.mode}, {super().extra_repr()}"
+        return f"{super().extra_repr()}, mode={self.mode}"
 
 
 def _rounded(channels: float, divisor: int) -> int:

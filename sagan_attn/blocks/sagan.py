@@ -79,6 +79,7 @@ class SelfAttention2d(MapAttention):
         size = query_channels // heads
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(
+            in_channels,
             heads=heads,
             scale=resolve_scale(scale, size),
             context_channels=in_channels,

@@ -1,5 +1,6 @@
 """Transformer layers on sequences, and stacks of them."""
 
+import copy
 from typing import Any
 
 import torch
@@ -123,8 +124,7 @@ class Encoder(nn.Module):
         positive(num_layers=num_layers)
         layers = [self.layer(num_hiddens, num_heads, ffn_hiddens, **options) for _ in range(num_layers)]
         self.layers = nn.ModuleList(layers)
-        dd = {name: options.get(name) for name in ("device", "dtype")}
-        self.norm = nn.LayerNorm(num_hiddens, bias=options.get("bias", True), **dd) if layers[0].norm_first else None
+        self.norm = copy.deepcopy(layers[0].norm1) if layers[0].norm_first else None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         for layer in self.layers:

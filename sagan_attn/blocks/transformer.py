@@ -62,6 +62,7 @@ class EncoderBlock2d(TransformerLayer):
         super().__init__(norm_first, activation, dropout)
         positive(in_channels=in_channels, expansion=expansion)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.in_channels = in_channels
         self.attention = MultiHeadAttention2d(
             in_channels,
             heads=heads,

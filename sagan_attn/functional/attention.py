@@ -1,7 +1,7 @@
 """Scores, weights and output of attention on rows of positions [B, h, N, d]."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -52,20 +52,14 @@ def attention_weights(
         mask: boolean, True at keys that may be attended to; of 4 dimensions, broadcast to [B, h, N, M].
 
     Raises:
-        BlockError: valid_lens or mask of another shape or kind.
+        BlockError: an unknown score or normalize, a missing vector, valid_lens or mask of another shape or kind.
     """
+    if normalize not in get_args(Normalize):
+        raise BlockError(f"normalize ({normalize!r}) must be one of {', '.join(get_args(Normalize))}")
     precise = torch.promote_types(query.dtype, torch.float32)
     with no_autocast(query):
         query, key = query.to(precise), key.to(precise)
-        if score == "dot":
-            scores = torch.matmul(query * scale, key.transpose(-2, -1))  # [B, h, N, M]
-        elif score == "additive":
-            features = (query[:, :, :, None] + key[:, :, None]).tanh()  # [B, h, N, M, d]
-            scores = (features @ vector.to(precise)[:, None, :, None])[..., 0] * scale  # [B, h, N, M]
-        else:
-            of_query, of_key = vector.to(precise)[:, None, :].chunk(2, dim=-1)  # [h, 1, d] each
-            both = (query * of_query).sum(-1)[..., None] + (key * of_key).sum(-1)[:, :, None]
-            scores = both.relu() * scale  # [B, h, N, M]
+        scores = _scores(query, key, scale, score, vector)  # [B, h, N, M]
         if position is not None:
             height_rel, width_rel = position
             scores = scores + relative_logits(query, height_rel.to(precise), width_rel.to(precise), index)
@@ -79,6 +73,22 @@ def attention_weights(
         # The lowest number instead of -inf: a row of -inf alone would become NaN, and its gradient too.
         scores = scores.masked_fill(~allowed, torch.finfo(precise).min)
         return scores.softmax(dim=-1).masked_fill(~allowed, 0)
+
+
+def _scores(query: Tensor, key: Tensor, scale: float, score: Score, vector: Tensor | None) -> Tensor:
+    if score == "dot":
+        return torch.matmul(query * scale, key.transpose(-2, -1))
+    if vector is None or score not in get_args(Score):
+        raise BlockError(
+            f"score ({score!r}) must be one of {', '.join(get_args(Score))}, and but for 'dot' has a vector"
+        )
+    vector = vector.to(query.dtype)
+    if score == "additive":
+        features = (query[:, :, :, None] + key[:, :, None]).tanh()  # [B, h, N, M, d]
+        return (features @ vector[:, None, :, None])[..., 0] * scale
+    of_query, of_key = vector[:, None].chunk(2, dim=-1)  # [h, 1, d] each
+    both = (query * of_query).sum(-1)[..., None] + (key * of_key).sum(-1)[:, :, None]  # [B, h, N, M]
+    return both.relu() * scale
 
 
 def allowed_keys(

@@ -1,6 +1,7 @@
 """One door to attention, and the ways through it: the same numbers, other memory and time."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,7 +18,7 @@ __all__ = ["PATHS", "Path", "attend"]
 Path = Literal["auto", "materialised", "chunked", "factored"]
 PATHS = get_args(Path)
 
-MATERIALISED_SCORES = 2**26  # 256 MB in float32; "auto" takes the chunked path above
+MATERIALISED_SCORES = 2**24  # 64 MB in float32; from there on the chunked path is no slower on two cores
 CHUNK_SCORES = 2**22  # held at a time by the chunked path
 
 
@@ -42,7 +43,7 @@ def attend(
             "chunked" goes through the queries in groups and computes their weights once more in the backward pass:
             memory grows linearly with N. "factored", q (k^T v) instead of (q k^T) v, is linear in time as well; it
             serves the dot score with normalize="mean", without position or dropout, and masks over keys alone.
-            "auto" is factored where that serves, chunked for more than 67 million scores (tanh features of the
+            "auto" is factored where that serves, chunked from 17 million scores on (tanh features of the
             additive score), else materialised; `torch.export` gets no chunks, whose number would be fixed.
 
     Raises:
@@ -55,7 +56,7 @@ def attend(
         raise BlockError(f"path 'factored' cannot serve {obstacle}")
     if path == "factored" or (path == "auto" and not obstacle):
         return _factored(query, key, value, scale, how)
-    large = path == "auto" and _scores(query, key, how) > MATERIALISED_SCORES and not torch.compiler.is_exporting()
+    large = path == "auto" and _scores(query, key, how) >= MATERIALISED_SCORES and not torch.compiler.is_exporting()
     if path == "chunked" or large:
         return _chunked(query, key, value, scale, dropout, how)
     return _materialised(query, key, value, scale, dropout, how)
@@ -82,12 +83,7 @@ def _chunked(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: f
     how = dict(how)
     if how.get("position") is not None and how.get("index") is None:
         how["index"] = torch.arange(n, device=query.device)
-    run = _materialised
-    if torch.is_grad_enabled():
-
-        def run(*args: Any) -> Tensor:
-            return checkpoint(_materialised, *args, use_reentrant=False)
-
+    run = partial(checkpoint, _materialised, use_reentrant=False) if torch.is_grad_enabled() else _materialised
     parts = [slice(start, start + size) for start in range(0, n, size)]
     return torch.cat([run(query[:, :, p], key, value, scale, dropout, _rows(how, p)) for p in parts], dim=2)
 

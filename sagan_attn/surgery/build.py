@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import keyword
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -68,7 +69,7 @@ def check_block(block: BlockLike, options: Mapping[str, Any]) -> None:
 
 
 def check_identity(block: nn.Module, channels: int, height: int, width: int, must_be_identity: bool) -> None:
-    """Try a copy of a user's own block on a random map [2, channels, height, width].
+    """Try a copy of a block on a random map [2, channels, height, width].
 
     Raises:
         GraftError: it does not keep shape and dtype, or it must start as the identity, in eval and in train mode,
@@ -92,8 +93,10 @@ def _check_kept(block: nn.Module, x: torch.Tensor, y: Any, must_be_identity: boo
             "puts out NaN or inf"
         )
     if must_be_identity and not torch.equal(x, y):
+        last = getattr(block, "norm_first", True) is False  # the word of torch's layers and ours
+        why = "; a post-norm layer (norm_first=False) ends in a normalisation and never does" if last else ""
         raise GraftError(
-            f"block {_class(block)} does not start as the identity, so it would change what the model knows; pass "
+            f"block {_class(block)} does not start as the identity, so it would change what the model knows{why}. Pass "
             "gate=True to wrap it as x + gamma * (block(x) - x), or gate=False to put it in as it is"
         )
 
@@ -102,6 +105,8 @@ def default_name(block: BlockLike) -> str:
     """A module name for a graft of that block: the registered name, or that of the class or factory."""
     name = block if isinstance(block, str) else getattr(block, "__name__", type(block).__name__)
     name = "".join(letter if letter.isalnum() else "_" for letter in name).strip("_").lower()
+    if keyword.iskeyword(name):  # "nonlocal": traced code could not name it
+        return name + "_"
     return name if name and name != "lambda" else "block"
 
 

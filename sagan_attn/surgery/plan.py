@@ -161,8 +161,8 @@ def _insertion(
         seed=derive_seed(seed, request.site, request.name),
         gate=bool(request.gate),
     )
-    if not isinstance(request.block, str):
-        _, height, width = maps.sizes[0]
+    if not isinstance(request.block, str) or request.options:  # registered blocks as they are need no trial
+        _, height, width = (0, 2, 2) if isinstance(request.block, str) else maps.sizes[0]
         check_identity(block, maps.channels, height, width, must_be_identity=request.gate is not False)
     like = next((t for m in (anchor, model) for t in _tensors(m) if t.is_floating_point()), None)
     if like is not None:

@@ -229,9 +229,9 @@ class Many(Tiny):
 
 @pytest.mark.parametrize("example", [[IMAGE[0]], ([IMAGE[0]], 2.0), {"images": [IMAGE[0]], "scale": 2.0}])
 def test_kinds_of_example_input(example):
-    assert graft(Many().eval(), "top", example_input=example)[0].block.channels == 16
+    assert graft(Many().eval(), "top", example_input=example)[0].block.in_channels == 16
 
 
 def test_without_example_input():
-    assert graft(timm.create_model("resnet18"), "layer2")[0].block.channels == 128
-    assert graft(Tiny(), "top")[0].block.channels == 16
+    assert graft(timm.create_model("resnet18"), "layer2")[0].block.in_channels == 128
+    assert graft(Tiny(), "top")[0].block.in_channels == 16

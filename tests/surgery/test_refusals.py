@@ -47,7 +47,25 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "a module": ({"at": "top", "block": nn.Identity()}, "must be a registered name, a class or a factory"),
     "no module": ({"at": "top", "block": lambda channels: channels}, "made a int, not a torch.nn.Module"),
     "no argument": ({"at": "top", "block": lambda: nn.Identity()}, "takes no argument; a factory is called with"),
-    "not the identity": ({"at": "top", "block": Scale}, "Scale does not start as the identity.*pass gate=True"),
+    "post-norm": (
+        {"at": "top", "block": "encoder", "options": {"norm_first": False}},
+        r"EncoderBlock2d does not start as the identity.*; a post-norm layer \(norm_first=False\) ends in a norm.*gate=",
+    ),
+    "post-norm decoder": ({"at": "top", "block": "decoder", "options": {"norm_first": False}}, "a post-norm layer"),
+    "open gate": ({"at": "top", "options": {"gamma_init": 0.5}}, "SelfAttention2d does not start as the identity"),
+    "no zero to start with": (
+        {"at": "top", "block": "multihead", "options": {"zero_init": False}},
+        "MultiHeadAttention2d does not start as the identity",
+    ),
+    "context of other channels": (
+        {"at": "top", "block": "cross", "options": {"context_channels": 8}},
+        r"a context of shape \[2, 8, H, W\] is required: none was given",
+    ),
+    "reduction leaves nothing": (
+        {"at": "top", "options": {"reduction": 32}},
+        r"reduction \(32\) leaves 0 channels of in_channels \(16\)",
+    ),
+    "not the identity": ({"at": "top", "block": Scale}, "Scale does not start as the identity.*Pass gate=True"),
     "identity in eval mode only": ({"at": "top", "block": lambda c: nn.Dropout()}, "Dropout does not start as the id"),
     "other shape": ({"at": "top", "block": lambda c: nn.Conv2d(c, 3, 1), "gate": False}, "does not keep the shape"),
     "in place behind a gate": (

@@ -28,7 +28,7 @@ def test_numbers_by_hand():
 
 
 def test_options_change_the_numbers():
-    options = {"pool": 2, "heads": 2, "value_channels": 8, "bias": False}
+    options = {"pool": 2, "heads": 2, "value_reduction": 2, "bias": False}
     site = named(sites(Tiny(), IMAGE, options=options))["top"]
     b, c, n, m, d, v = 2, 16, 96, 24, 2, 8
     assert site.parameters == 2 * c * d + 2 * c * v + 1
@@ -86,7 +86,7 @@ def test_sites_are_the_places_graft_accepts(name: str):
         except GraftError:
             refused.add(place)
         else:
-            assert grafts[0].block.channels == found[place].channels
+            assert grafts[0].block.in_channels == found[place].channels
             assert sum(p.numel() for p in grafts.parameters()) == found[place].parameters
             grafts.remove()
             assert place in found
