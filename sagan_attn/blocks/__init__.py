@@ -1,6 +1,7 @@
 """Attention blocks: on feature maps, each keeping the shape of its input and starting as the identity; on sequences."""
 
 from sagan_attn.blocks.context import GlobalContext2d
+from sagan_attn.blocks.converters import convert, convert_back, sources
 from sagan_attn.blocks.gate import Gated
 from sagan_attn.blocks.multihead import CrossAttention2d, MultiHeadAttention2d
 from sagan_attn.blocks.nonlocal_ import NonLocal2d
@@ -25,5 +26,8 @@ __all__ = [
     "NonLocal2d",
     "SelfAttention2d",
     "block_names",
+    "convert",
+    "convert_back",
     "create_block",
+    "sources",
 ]

@@ -1,13 +1,14 @@
 """What all attention blocks on maps share: from maps to rows of queries, keys and values, and back."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from sagan_attn import functional
-from sagan_attn.blocks.checks import one_of, positive
+from sagan_attn.blocks.checks import one_of, positive, probability
 from sagan_attn.blocks.pointwise import Pointwise
 from sagan_attn.errors import BlockError
 from sagan_attn.functional.attention import Normalize, Score
@@ -65,6 +66,7 @@ class MapAttention(nn.Module):
     ) -> None:
         super().__init__()
         positive(pool=pool)
+        probability(dropout=dropout)
         one_of("path", path, PATHS)
         one_of("position", position, (None, *get_args(Position)))
         self.in_channels = in_channels
@@ -88,11 +90,12 @@ class MapAttention(nn.Module):
         if position in ("relative", "relative_scaled"):
             if pool > 1:
                 raise BlockError(f"position ({position!r}) needs keys at the positions of the queries: pool must be 1")
-            height, width = (position_size, position_size) if isinstance(position_size, int) else position_size
+            height, width = _pair(position_size)
             self.height_rel = _offset_table(height, head_size, dd)
             self.width_rel = _offset_table(width, head_size, dd)
-        elif position == "sinusoidal" and context_channels % 4:
-            raise BlockError(f"position ('sinusoidal') needs channels in fours, not {context_channels}")
+        for channels in (in_channels, context_channels):
+            if position == "sinusoidal" and channels % 4:
+                raise BlockError(f"position ('sinusoidal') needs channels in fours, not {channels}")
 
     def branch(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Attention from the positions of x to those of the context, projected: [B, C, H, W] for x [B, C, H, W].
@@ -100,7 +103,7 @@ class MapAttention(nn.Module):
         context: [B, context_channels, Hc, Wc]; None for x itself. mask: boolean [B, Hc, Wc], True at positions to
         attend to; None for all. A sample without any gets a weighted sum of 0.
         """
-        context = functional.context_of(x, context, self.context_channels)
+        context = functional.context_of(x, context, self.context_channels, self.height_rel is not None)
         query, key = self.query_and_key(x, context, mask)
         value = functional.split_heads(self._keys_of(self.value, context, mask), self.heads)  # [B, h, M, D]
         dropout = self.dropout if self.training else 0.0
@@ -130,7 +133,7 @@ class MapAttention(nn.Module):
         the positions of the context in row-major order, M = ceil(Hc/pool) * ceil(Wc/pool). context, mask: as in
         `branch`.
         """
-        context = functional.context_of(x, context, self.context_channels)
+        context = functional.context_of(x, context, self.context_channels, self.height_rel is not None)
         query, key = self.query_and_key(x, context, mask)
         how = self._how(x, context, mask)
         if queries is not None:
@@ -174,8 +177,16 @@ class MapAttention(nn.Module):
 
 
 def _offset_table(size: int, features: int, dd: Mapping[str, Any]) -> nn.Parameter:
-    positive(position_size=size)
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(2 * size - 1, features, **dd), std=features**-0.5))
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    pair = tuple(size) if isinstance(size, Sequence) else (size, size)
+    if len(pair) != 2:
+        raise BlockError(f"position_size ({size!r}) must be one whole number, or height and width")
+    for side in pair:
+        positive(position_size=side)
+    return pair
 
 
 def resolve_scale(scale: float | str | None, size: int) -> float:
@@ -184,6 +195,6 @@ def resolve_scale(scale: float | str | None, size: int) -> float:
         return 1.0
     if scale == "sqrt":
         return size**-0.5
-    if isinstance(scale, (str, bool)):
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
         raise BlockError(f"scale ({scale!r}) must be a number, 'sqrt' or None")
     return float(scale)

@@ -82,7 +82,7 @@ class MultiHeadAttention(nn.Module):
 
         valid_lens: how many of the keys, from the first one, may be attended to; [B] or, for each query, [B, N].
         mask: boolean, True at keys that may be attended to; [B, M], [B, N, M] or [B, h, N, M]. A query without any
-        key gets a weighted sum of 0 (and of it the output's bias), where torch gives NaN.
+        key gets a weighted sum of 0 (and of it the output's bias), where torch can give NaN.
         """
         rows = functional.attend(
             functional.split_features(self.query(queries), self.num_heads),

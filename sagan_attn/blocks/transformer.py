@@ -100,7 +100,7 @@ class DecoderBlock2d(EncoderBlock2d):
 
     As `EncoderBlock2d`, with a step `cross` behind `norm2` between its two, and `norm3` for the ffn. The context
     [B, context_channels, Hc, Wc] may have any size and is not normalised; without one, as in a graft, cross attends
-    to the output of the first step. context_mask, boolean [B, Hc, Wc], is True at the positions of the context that
+    to its own input. context_mask, boolean [B, Hc, Wc], is True at the positions of the context that
     may be attended to. Numbers as `nn.TransformerDecoderLayer`.
 
     Args:

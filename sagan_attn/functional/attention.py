@@ -10,7 +10,7 @@ from sagan_attn.errors import BlockError
 from sagan_attn.functional.positions import relative_logits
 from sagan_attn.functional.precision import no_autocast
 
-__all__ = ["Normalize", "Score", "allowed_keys", "attention_output", "attention_weights"]
+__all__ = ["Normalize", "Score", "allowed_keys", "attention_output", "attention_weights", "check_lens", "check_mask"]
 
 Score = Literal["dot", "additive", "concatenation"]
 Normalize = Literal["softmax", "mean"]
@@ -33,7 +33,7 @@ def attention_weights(
 
     Computed and returned in float32 (float64 for float64 inputs), under autocast too: unscaled scores pass the
     largest float16, 65504, easily. Weights at masked keys are exactly 0, and so are all weights of a query without
-    any valid key (torch's `nn.MultiheadAttention` gives NaN there); masked scores take no part in anything, but a
+    any valid key (torch's `nn.MultiheadAttention` can give NaN there); masked scores take no part in anything, but a
     NaN in a masked *value* still spoils the output, because 0 * NaN is NaN.
 
     Args:
@@ -98,24 +98,39 @@ def allowed_keys(
 
     Of 4 dimensions: M keys, and the others as large as those of the scores or 1. None for all keys.
     """
-    b, _, n, m = shape
+    check_lens(shape[0], shape[2], valid_lens)
+    check_mask(shape, mask)
     allowed = None
     if valid_lens is not None:
-        if valid_lens.is_floating_point() or tuple(valid_lens.shape) not in ((b,), (b, n)):
-            raise BlockError(
-                f"valid_lens of shape {tuple(valid_lens.shape)} and {valid_lens.dtype} must be whole numbers of shape "
-                f"({b},) or ({b}, {n})"
-            )
-        allowed = torch.arange(m, device=device) < valid_lens.reshape(b, 1, -1, 1)  # [B, 1, 1 or N, M]
+        lens = valid_lens[:, None, None, None] if valid_lens.dim() == 1 else valid_lens[:, None, :, None]
+        allowed = torch.arange(shape[3], device=device) < lens  # [B, 1, 1 or N, M]
     if mask is not None:
-        fits = mask.dim() == 4 and all(size in (1, full) for size, full in zip(mask.shape, shape, strict=True))
-        if mask.dtype != torch.bool or not fits:
-            raise BlockError(
-                f"mask of shape {tuple(mask.shape)} and {mask.dtype} must be boolean, True at keys to attend to, and "
-                f"broadcast to [B, h, N, M] = {tuple(shape)}"
-            )
         allowed = mask if allowed is None else allowed & mask
-    return None if allowed is None else allowed.expand(*allowed.shape[:-1], m)
+    return None if allowed is None else allowed.expand(*allowed.shape[:-1], shape[3])
+
+
+def check_lens(b: int, n: int, valid_lens: Tensor | None) -> None:
+    """Raise `BlockError` unless valid_lens are None or whole numbers [B] or [B, N]."""
+    if valid_lens is None:
+        return
+    whole = not (valid_lens.is_floating_point() or valid_lens.is_complex() or valid_lens.dtype == torch.bool)
+    if not whole or tuple(valid_lens.shape) not in ((b,), (b, n)):
+        raise BlockError(
+            f"valid_lens of shape {tuple(valid_lens.shape)} and {valid_lens.dtype} must be whole numbers of shape "
+            f"({b},) or ({b}, {n})"
+        )
+
+
+def check_mask(shape: Sequence[int], mask: Tensor | None) -> None:
+    """Raise `BlockError` unless the mask is None or boolean and broadcasts to that shape of scores."""
+    if mask is None:
+        return
+    fits = mask.dim() == 4 and all(size in (1, full) for size, full in zip(mask.shape, shape, strict=True))
+    if mask.dtype != torch.bool or not fits:
+        raise BlockError(
+            f"mask of shape {tuple(mask.shape)} and {mask.dtype} must be boolean, True at keys to attend to, and "
+            f"broadcast to [B, h, N, M] = {tuple(shape)}"
+        )
 
 
 def attention_output(weights: Tensor, value: Tensor) -> Tensor:

@@ -67,10 +67,11 @@ def _check_mask(mask: Tensor, x: Tensor) -> None:
         )
 
 
-def context_of(x: Tensor, context: Tensor | None, channels: int) -> Tensor:
+def context_of(x: Tensor, context: Tensor | None, channels: int, same_size: bool = False) -> Tensor:
     """The map that keys and values come from: context, or x itself for None.
 
-    Raises `BlockError` if it does not have that many channels, or another batch size than x.
+    Raises `BlockError` if it does not have that many channels and the batch size of x, and its height and width for
+    `same_size`.
     """
     source = x if context is None else context
     if source.dim() != 4 or source.shape[1] != channels or source.shape[0] != x.shape[0]:
@@ -78,6 +79,11 @@ def context_of(x: Tensor, context: Tensor | None, channels: int) -> Tensor:
         raise BlockError(
             f"a context of shape [{x.shape[0]}, {channels}, H, W] is required: {found} of shape {tuple(source.shape)} "
             "does not fit"
+        )
+    if same_size and source.shape[2:] != x.shape[2:]:
+        raise BlockError(
+            f"relative positions need a context of the height and width of the input, {tuple(x.shape[2:])}: one of "
+            f"shape {tuple(source.shape)} does not fit"
         )
     return source
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sagan_attn.errors import BlockError
-from sagan_attn.functional.attention import allowed_keys, attention_output, attention_weights
+from sagan_attn.functional.attention import allowed_keys, attention_output, attention_weights, check_lens, check_mask
 from sagan_attn.functional.precision import no_autocast
 
 __all__ = ["PATHS", "Path", "attend"]
@@ -55,7 +55,7 @@ def attend(
     if path == "factored" and obstacle:
         raise BlockError(f"path 'factored' cannot serve {obstacle}")
     if path == "factored" or (path == "auto" and not obstacle):
-        return _factored(query, key, value, scale, how)
+        return _factored(query, key, value, scale, **how)
     large = path == "auto" and _scores(query, key, how) >= MATERIALISED_SCORES and not torch.compiler.is_exporting()
     if path == "chunked" or large:
         return _chunked(query, key, value, scale, dropout, how)
@@ -76,7 +76,9 @@ def _materialised(
 
 
 def _chunked(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float, how: Mapping[str, Any]) -> Tensor:
-    n = query.shape[2]
+    b, heads, n, _ = query.shape
+    check_lens(b, n, how.get("valid_lens"))
+    check_mask((b, heads, n, key.shape[2]), how.get("mask"))
     if n == 0:
         return _materialised(query, key, value, scale, dropout, how)
     size = max(1, CHUNK_SCORES * n // max(_scores(query, key, how), 1))
@@ -96,7 +98,7 @@ def _rows(how: Mapping[str, Any], part: slice) -> dict[str, Any]:
         own["index"] = index[..., part]
     if lens is not None and lens.dim() == 2:
         own["valid_lens"] = lens[:, part]
-    if mask is not None and mask.dim() == 4 and mask.shape[2] > 1:
+    if mask is not None and mask.shape[2] > 1:
         own["mask"] = mask[:, :, part]
     return own
 
@@ -113,11 +115,22 @@ def _obstacle_to_factoring(dropout: float, how: Mapping[str, Any]) -> str | None
     return None
 
 
-def _factored(query: Tensor, key: Tensor, value: Tensor, scale: float, how: Mapping[str, Any]) -> Tensor:
+def _factored(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    *,
+    valid_lens: Tensor | None = None,
+    mask: Tensor | None = None,
+    **how: Any,
+) -> Tensor:
+    if unknown := how.keys() - {"score", "normalize", "vector", "position", "index"}:
+        raise TypeError(f"attend() has no argument {', '.join(map(repr, sorted(unknown)))}")
     b, heads, n, _ = query.shape
     m = key.shape[2]
     precise = torch.promote_types(query.dtype, torch.float32)
-    allowed = allowed_keys((b, heads, n, m), key.device, how.get("valid_lens"), how.get("mask"))
+    allowed = allowed_keys((b, heads, n, m), key.device, valid_lens, mask)
     with no_autocast(query):
         key = key.to(precise)
         count: Tensor | int = max(m, 1)

@@ -20,7 +20,8 @@ def relative_tables(height_rel: Tensor, width_rel: Tensor, x: Tensor, scale: flo
 
 def _resized(table: Tensor, size: int) -> Tensor:
     centre = (len(table) - 1) // 2
-    offsets = torch.arange(1 - size, max(size, 1), device=table.device)  # a side of 0 has the one offset 0 as well
+    precise = torch.promote_types(table.dtype, torch.float32)
+    offsets = torch.arange(1 - size, max(size, 1), device=table.device, dtype=precise)  # none for a side of 0
     place = centre + offsets * (centre / max(size - 1, 1))
     low = place.floor().long().clamp(0, 2 * centre)
     high = (low + 1).clamp(max=2 * centre)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from sagan_attn.errors import BlockError
+from sagan_attn.functional.attention import check_lens
 
 __all__ = ["causal_lens", "merge_features", "sequence_mask", "split_features"]
 
@@ -34,9 +35,11 @@ def causal_lens(x: Tensor, valid_lens: Tensor | None, causal: bool) -> Tensor | 
     """Lengths for keys of which each position of x [B, N, features] sees those up to its own, if `causal`.
 
     As [B, N], within valid_lens of shape [B] or [B, N]; without `causal` valid_lens as they are.
+    Raises `BlockError` for lengths of another shape or kind.
     """
     if not causal:
         return valid_lens
+    check_lens(x.shape[0], x.shape[1], valid_lens)
     lens = torch.arange(1, x.shape[1] + 1, device=x.device).expand(x.shape[0], -1)
     if valid_lens is None:
         return lens
