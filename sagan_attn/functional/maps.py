@@ -15,14 +15,16 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     x [B, C, H, W], weight [O, C, 1, 1], bias [O]; returns [B, O, H, W]. Unlike `F.conv2d` it takes maps with H or W
     of 0. Raises `BlockError` for an input that is not a map with C channels.
     """
-    if x.dim() != 4 or x.shape[1] != weight.shape[1]:
-        raise BlockError(
-            f"input of shape {tuple(x.shape)} does not fit: a map [B, {weight.shape[1]}, H, W] is required"
-        )
+    _check_map(x, weight.shape[1])
     if x.shape[2] == 0 or x.shape[3] == 0:
         empty = torch.einsum("bchw,oc->bohw", x, weight[:, :, 0, 0])  # the weights stay part of the graph
         return empty if bias is None else empty + bias.to(empty.dtype)[:, None, None]
     return F.conv2d(x, weight, bias)
+
+
+def _check_map(x: Tensor, channels: int) -> None:
+    if x.dim() != 4 or x.shape[1] != channels:
+        raise BlockError(f"input of shape {tuple(x.shape)} does not fit: a map [B, {channels}, H, W] is required")
 
 
 def pool_map(x: Tensor, size: int, mask: Tensor | None = None) -> Tensor:
@@ -49,7 +51,7 @@ def key_mask(x: Tensor, size: int, mask: Tensor | None) -> Tensor | None:
     if mask is None:
         return None
     _check_mask(mask, x)
-    if size > 1 and mask.numel():
+    if size > 1 and mask.shape[1] and mask.shape[2]:
         mask = _pool_mask(mask, size)[:, 0]
     return mask.flatten(1)[:, None, None]
 
@@ -130,8 +132,12 @@ def add_sinusoids(x: Tensor) -> Tensor:
     return x + sinusoids(x.shape[1], x.shape[2], x.shape[3], like=x).to(x.dtype)
 
 
-def channel_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Layer norm over the channels of each position. x [B, C, H, W], weight and bias [C]."""
+def channel_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """Layer norm over the channels of each position. x [B, C, H, W], weight and bias [C].
+
+    Raises `BlockError` for an input that is not a map with C channels.
+    """
+    _check_map(x, weight.shape[0])
     rows = x.permute(0, 2, 3, 1)
     return F.layer_norm(rows, rows.shape[-1:], weight, bias, eps).permute(0, 3, 1, 2)
 
@@ -150,7 +156,10 @@ def branch_norm(
 
     Those are normalised by the running statistics, which they do not move. x [B, C, H, W], the others [C].
     """
-    training = training and x.numel() > x.shape[1]
+    if x.numel() <= x.shape[1]:
+        training = False
+    if weight.dtype != torch.float32:  # statistics in half precision go with maps of the same; autocast may differ
+        x = x.to(weight.dtype)
     if x.numel() == 0:
         return x * weight[:, None, None] + bias[:, None, None]
     return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)

@@ -72,7 +72,11 @@ def _materialised(
     query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float, how: Mapping[str, Any]
 ) -> Tensor:
     weights = attention_weights(query, key, scale, **how)
-    return attention_output(F.dropout(weights, dropout) if dropout else weights, value)
+    weights = F.dropout(weights, dropout) if dropout else weights
+    if how.get("normalize") == "mean":  # weights without bound, which half precision may not hold
+        with no_autocast(query):
+            return attention_output(weights, value.to(weights.dtype)).to(value.dtype)
+    return attention_output(weights, value)
 
 
 def _chunked(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float, how: Mapping[str, Any]) -> Tensor:

@@ -22,7 +22,7 @@ def _resized(table: Tensor, size: int) -> Tensor:
     centre = (len(table) - 1) // 2
     precise = torch.promote_types(table.dtype, torch.float32)
     offsets = torch.arange(1 - size, max(size, 1), device=table.device, dtype=precise)  # none for a side of 0
-    place = centre + offsets * (centre / max(size - 1, 1))
+    place = centre + offsets * centre / max(size - 1, 1)
     low = place.floor().long().clamp(0, 2 * centre)
     high = (low + 1).clamp(max=2 * centre)
     return torch.lerp(table[low], table[high], (place - low).to(table.dtype)[:, None])
@@ -37,11 +37,13 @@ def relative_logits(query: Tensor, height_rel: Tensor, width_rel: Tensor, index:
 
     Source: Srinivas et al., Bottleneck Transformers, 2021 (arXiv:2101.11605).
     """
-    height, width = (len(height_rel) + 1) // 2, (len(width_rel) + 1) // 2
+    height, width = (height_rel.shape[0] + 1) // 2, (width_rel.shape[0] + 1) // 2  # len() would fix dynamic sizes
     if index is None:
         index = torch.arange(query.shape[2], device=query.device)
     rows = torch.arange(height, device=query.device) - (index // width)[..., None] + height - 1  # [Q, H] or [B, Q, H]
-    columns = torch.arange(width, device=query.device) - (index % width)[..., None] + width - 1  # [Q, W] or [B, Q, W]
+    columns = (
+        torch.arange(width, device=query.device) - (index - index // width * width)[..., None] + width - 1
+    )  # [Q, W] or [B, Q, W]
     by_row = _pick(query @ height_rel.T, rows)  # [B, h, Q, H]
     by_column = _pick(query @ width_rel.T, columns)  # [B, h, Q, W]
     return (by_row[..., :, None] + by_column[..., None, :]).flatten(-2)

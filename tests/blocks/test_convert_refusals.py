@@ -82,7 +82,7 @@ def test_the_result_is_a_copy(direction: str):
 
 
 def test_on_another_device():
-    for theirs in (BottleneckAttn(16, feat_size=(2, 2), device="meta"), NonLocalAttn(16, device="meta")):
+    for theirs in (BottleneckAttn(16, feat_size=(2, 2)).to("meta"), NonLocalAttn(16).to("meta")):
         assert {tensor.device.type for tensor in convert(theirs.state_dict()).values()} == {"meta"}
 
 

@@ -49,8 +49,8 @@ OPTIONS = [
     ({"heads": 4}, 1.0),
     ({"pool": 2}, 1.0),
     ({"pool": 3, "heads": 2}, 1.0),
-    ({"value_channels": 12, "heads": 2}, 1.0),
-    ({"value_channels": 3, "pool": 2}, 1.0),
+    ({"value_reduction": 2, "heads": 2}, 1.0),
+    ({"value_reduction": 10, "pool": 2}, 1.0),
     ({"scale": 0.3}, 0.3),
     ({"scale": "sqrt"}, 4**-0.5),
     ({"scale": "sqrt", "heads": 2}, 2**-0.5),
@@ -116,7 +116,7 @@ def test_state_dict():
     assert block.gamma.tolist() == [0.0]
     assert list(SelfAttention2d(3).query.weight.shape) == [1, 3, 1, 1]
     assert "query.bias" not in SelfAttention2d(8, bias=False).state_dict()
-    assert list(SelfAttention2d(16, value_channels=5).output.weight.shape) == [16, 5, 1, 1]
+    assert list(SelfAttention2d(16, value_reduction=3).output.weight.shape) == [16, 5, 1, 1]
 
 
 def test_first_weights_are_those_of_torch_convolutions():
@@ -130,7 +130,7 @@ def test_first_weights_are_those_of_torch_convolutions():
 
 
 def test_on_the_first_step_only_gamma_moves():
-    block = SelfAttention2d(16, value_channels=8)
+    block = SelfAttention2d(16, value_reduction=2)
     block(torch.randn(2, 16, 5, 5)).square().sum().backward()
     for name, parameter in block.named_parameters():
         zero = parameter.grad.count_nonzero() == 0
@@ -167,27 +167,32 @@ def test_weights_of_chosen_queries():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"channels": 0}, r"channels \(0\) must be a whole number of at least 1"),
+        ({"in_channels": 0}, r"in_channels \(0\) must be a whole number of at least 1"),
         ({"heads": 0}, r"heads \(0\) must be a whole number of at least 1"),
         ({"heads": True}, r"heads \(True\) must be a whole number"),
-        ({"heads": 3}, r"heads \(3\) must divide the query channels \(32 // 8\) \(4\)"),
-        ({"channels": 9, "reduction": 2, "heads": 4}, r"heads \(4\) must divide channels \(9\)"),
+        ({"heads": 3}, r"heads \(3\) must divide the query channels, in_channels // reduction \(4\)"),
+        ({"in_channels": 9, "reduction": 2, "heads": 4}, r"heads \(4\) must divide the value channels \(9\)"),
+        ({"reduction": 33}, r"reduction \(33\) leaves 0 channels of in_channels \(32\)"),
         ({"reduction": 0.5}, r"reduction \(0.5\) must be a whole number"),
         ({"pool": -1}, r"pool \(-1\) must be a whole number"),
-        ({"value_channels": 0}, r"value_channels \(0\) must be a whole number"),
-        ({"value_channels": 7, "heads": 2}, r"heads \(2\) must divide value_channels \(7\)"),
+        ({"value_reduction": 0}, r"value_reduction \(0\) must be a whole number"),
+        ({"value_reduction": 32, "heads": 2}, r"heads \(2\) must divide the value channels \(1\)"),
+        ({"value_reduction": 40}, r"value_reduction \(40\) leaves 0 channels of in_channels \(32\)"),
         ({"scale": "root"}, r"scale \('root'\) must be a number, 'sqrt' or None"),
         ({"scale": True}, r"scale \(True\) must be a number"),
     ],
 )
 def test_options_out_of_range(options: dict, message: str):
     with pytest.raises(BlockError, match=message):
-        SelfAttention2d(**{"channels": 32, **options})
+        SelfAttention2d(**{"in_channels": 32, **options})
 
 
 def test_inputs_that_do_not_fit():
     block = SelfAttention2d(8)
-    with pytest.raises(BlockError, match=r"shape \(1, 4, 3, 3\) does not fit: a map \[B, 8, H, W\] is required"):
+    message = (
+        r"a context of shape \[1, 8, H, W\] is required: none was given, and the input of shape \(1, 4, 3, 3\) does"
+    )
+    with pytest.raises(BlockError, match=message):
         block(torch.randn(1, 4, 3, 3))
     with pytest.raises(BlockError, match=r"shape \(8, 3, 3\) does not fit"):
         block(torch.randn(8, 3, 3))

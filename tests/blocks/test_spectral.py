@@ -85,8 +85,8 @@ def test_under_autocast_the_norm_is_computed_in_float32():
 
 
 def test_a_block_with_spectral_norm():
-    block = SelfAttention2d(16, spectral_norm=True, value_channels=8, bias=False, pool=2, gamma_init=0.5).eval()
-    plain = SelfAttention2d(16, value_channels=8, bias=False, pool=2, gamma_init=0.5).eval()
+    block = SelfAttention2d(16, spectral_norm=True, value_reduction=2, bias=False, pool=2, gamma_init=0.5).eval()
+    plain = SelfAttention2d(16, value_reduction=2, bias=False, pool=2, gamma_init=0.5).eval()
     for name in ("query", "key", "value", "output"):
         conv = block.get_submodule(name)
         weight = conv.weight[:, :, 0, 0]

@@ -49,7 +49,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "no argument": ({"at": "top", "block": lambda: nn.Identity()}, "takes no argument; a factory is called with"),
     "post-norm": (
         {"at": "top", "block": "encoder", "options": {"norm_first": False}},
-        r"EncoderBlock2d does not start as the identity.*; a post-norm layer \(norm_first=False\) ends in a norm.*gate=",
+        r"EncoderBlock2d does not start as the identity.*; a post-norm layer \(norm_first=False\) ends in a.*gate=",
     ),
     "post-norm decoder": ({"at": "top", "block": "decoder", "options": {"norm_first": False}}, "a post-norm layer"),
     "open gate": ({"at": "top", "options": {"gamma_init": 0.5}}, "SelfAttention2d does not start as the identity"),

@@ -19,7 +19,7 @@ def host():
 @pytest.mark.parametrize("per_image", [False, True])
 def test_weights_are_those_the_output_was_made_with(per_image):
     model, images = host(), torch.rand(2, 3, 16, 24)
-    (graft_,) = graft(model, "1", options={"heads": 2, "gamma_init": 1.0}, example_input=images)
+    (graft_,) = graft(model, "1", gate=False, options={"heads": 2, "gamma_init": 1.0}, example_input=images)
     queries = torch.tensor([[0, 5], [23, 7]]) if per_image else torch.tensor([3, 4])
     weights = attention_at(model, graft_, images, queries)
     assert weights.shape == (2, 2, 2, 24)
