@@ -54,14 +54,14 @@ def wide(name: str, **options):
 
 
 FORMS = [
-    ("sagan", {}),
+    wide("sagan"),
     wide("sagan", heads=1, position="relative"),
     wide("sagan-paper"),
-    wide("biggan"),
+    ("biggan", {}),
     wide("botnet"),
     wide("nonlocal"),
     wide("nonlocal", mode="gaussian"),
-    ("nonlocal", {"mode": "concatenation"}),
+    wide("nonlocal", mode="concatenation"),
     wide("nonlocal", mode="dot_product"),
     wide("multihead", heads=2),
     wide("multihead", heads=2, position="sinusoidal"),

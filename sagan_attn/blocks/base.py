@@ -103,7 +103,7 @@ class MapAttention(nn.Module):
         context: [B, context_channels, Hc, Wc]; None for x itself. mask: boolean [B, Hc, Wc], True at positions to
         attend to; None for all. A sample without any gets a weighted sum of 0.
         """
-        context = functional.context_of(x, context, self.context_channels, self.height_rel is not None)
+        context = self._context_of(x, context)
         query, key = self.query_and_key(x, context, mask)
         value = functional.split_heads(self._keys_of(self.value, context, mask), self.heads)  # [B, h, M, D]
         dropout = self.dropout if self.training else 0.0
@@ -133,7 +133,7 @@ class MapAttention(nn.Module):
         the positions of the context in row-major order, M = ceil(Hc/pool) * ceil(Wc/pool). context, mask: as in
         `branch`.
         """
-        context = functional.context_of(x, context, self.context_channels, self.height_rel is not None)
+        context = self._context_of(x, context)
         query, key = self.query_and_key(x, context, mask)
         how = self._how(x, context, mask)
         if queries is not None:
@@ -148,6 +148,10 @@ class MapAttention(nn.Module):
         """Heads, queries and keys (h, N, M) on a map of that size, with a context of that height and width."""
         rows, columns = context_size or (height, width)
         return self.heads, height * width, -(-rows // self.pool) * -(-columns // self.pool)
+
+    def _context_of(self, x: Tensor, context: Tensor | None) -> Tensor:
+        same_size = self.height_rel is not None
+        return functional.context_of(x, context, self.in_channels, self.context_channels, same_size)
 
     def _keys_of(self, projection: Pointwise | None, context: Tensor, mask: Tensor | None) -> Tensor:
         """The map of keys or values, pooled: [B, h*d, Hc, Wc]."""

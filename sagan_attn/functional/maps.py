@@ -69,25 +69,25 @@ def _check_mask(mask: Tensor, x: Tensor) -> None:
         )
 
 
-def context_of(x: Tensor, context: Tensor | None, channels: int, same_size: bool = False) -> Tensor:
+def context_of(
+    x: Tensor, context: Tensor | None, channels: int, context_channels: int, same_size: bool = False
+) -> Tensor:
     """The map that keys and values come from: context, or x itself for None.
 
-    Raises `BlockError` if it does not have that many channels and the batch size of x, and its height and width for
-    `same_size`.
+    Raises `BlockError` if x does not have so many channels, or the context not so many, the batch size of x and, for
+    `same_size`, its height and width.
     """
-    source = x if context is None else context
-    if source.dim() != 4 or source.shape[1] != channels or source.shape[0] != x.shape[0]:
-        found = "none was given, and the input" if context is None else "one"
-        raise BlockError(
-            f"a context of shape [{x.shape[0]}, {channels}, H, W] is required: {found} of shape {tuple(source.shape)} "
-            "does not fit"
-        )
-    if same_size and source.shape[2:] != x.shape[2:]:
-        raise BlockError(
-            f"relative positions need a context of the height and width of the input, {tuple(x.shape[2:])}: one of "
-            f"shape {tuple(source.shape)} does not fit"
-        )
-    return source
+    _check_map(x, channels)
+    if context is None and channels == context_channels:
+        return x
+    height, width = x.shape[2:] if same_size else ("H", "W")
+    required = f"a context of shape [{x.shape[0]}, {context_channels}, {height}, {width}] is required"
+    if context is None:
+        raise BlockError(f"{required}: none was given")
+    fits = context.dim() == 4 and context.shape[:2] == (x.shape[0], context_channels)
+    if not fits or (same_size and context.shape[2:] != x.shape[2:]):
+        raise BlockError(f"{required}, not {tuple(context.shape)}" + (", for relative positions" if same_size else ""))
+    return context
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

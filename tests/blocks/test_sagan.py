@@ -189,9 +189,7 @@ def test_options_out_of_range(options: dict, message: str):
 
 def test_inputs_that_do_not_fit():
     block = SelfAttention2d(8)
-    message = (
-        r"a context of shape \[1, 8, H, W\] is required: none was given, and the input of shape \(1, 4, 3, 3\) does"
-    )
+    message = r"input of shape \(1, 4, 3, 3\) does not fit: a map \[B, 8, H, W\] is required"
     with pytest.raises(BlockError, match=message):
         block(torch.randn(1, 4, 3, 3))
     with pytest.raises(BlockError, match=r"shape \(8, 3, 3\) does not fit"):

@@ -6,10 +6,9 @@ import sys
 import pytest
 
 CODE = """
-import resource, sys, torch
+import resource, torch
 from sagan_attn.training.allocator import keep_freed_memory
-if sys.argv[1] == "keep":
-    assert keep_freed_memory()
+assert keep_freed_memory()
 def step():
     kept = [torch.ones(6_000_000) for _ in range(4)]  # 24 MB each
 for _ in range(3):
@@ -23,8 +22,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")
 def test_pages_are_not_faulted_in_again():
-    faults = {
-        how: int(subprocess.run([sys.executable, "-c", CODE, how], capture_output=True, text=True, check=True).stdout)
-        for how in ("keep", "default")
-    }
-    assert faults["keep"] < faults["default"] / 10
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
+    pages = 5 * 4 * 24_000_000 // 4096  # which are faulted in anew by default, but for luck with the heap
+    assert int(done.stdout) < pages / 20
