@@ -140,9 +140,10 @@ def conv(p: Parameters, name: str, x: Tensor) -> Tensor:
     return y + p[f"{name}.bias"][:, None, None] if f"{name}.bias" in p else y
 
 
-def pooled(x: Tensor, size: int) -> Tensor:
-    """Maximum over windows of size x size, the last ones cut off by the edge."""
-    starts = [range(0, side, size) for side in x.shape[2:]]
+def pooled(x: Tensor, size: int, whole: bool = False) -> Tensor:
+    """Maximum over windows of size x size, the last ones cut off by the edge; of whole windows alone, if there are."""
+    whole = whole and min(x.shape[2:]) >= size
+    starts = [range(0, side - size + 1 if whole else side, size) for side in x.shape[2:]]
     rows = [[x[:, :, i : i + size, j : j + size].amax(dim=(2, 3)) for j in starts[1]] for i in starts[0]]
     return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
 
@@ -254,11 +255,14 @@ def fastai(p: Parameters, x: Tensor) -> Tensor:
 def non_local(
     p: Parameters, x: Tensor, mode="embedded_gaussian", scale=None, pool=1, pool_first=False, training=False
 ) -> Tensor:
+    def low(x: Tensor) -> Tensor:
+        return pooled(x, pool, whole=True)
+
     def of_keys(name: str) -> Tensor:
-        return (conv(p, name, pooled(x, pool)) if pool_first else pooled(conv(p, name, x), pool)).flatten(2)
+        return (conv(p, name, low(x)) if pool_first else low(conv(p, name, x))).flatten(2)
 
     if mode == "gaussian":
-        theta, phi = x.flatten(2), pooled(x, pool).flatten(2)
+        theta, phi = x.flatten(2), low(x).flatten(2)
     else:
         theta, phi = conv(p, "query", x).flatten(2), of_keys("key")
     g = of_keys("value")

@@ -282,12 +282,13 @@ def test_pooled_masks(size: int, pool_first: bool):
     block = fill(create_block("nonlocal", 8, **options).double())
     x, mask = rows(2, 8, 5, 7), torch.rand(2, 5, 7) < 0.2
     if pool_first:
-        low = pooled(torch.where(mask[:, None], x, -torch.inf), size)
+        low = pooled(torch.where(mask[:, None], x, -torch.inf), size, whole=True)
         key, value = (conv(low.nan_to_num(neginf=0.0)).flatten(2) for conv in (block.key, block.value))
     else:
-        low = pooled(torch.where(mask[:, None], block.key(x), -torch.inf), size)
+        low = pooled(torch.where(mask[:, None], block.key(x), -torch.inf), size, whole=True)
         key = low.nan_to_num(neginf=0.0).flatten(2)
-        value = pooled(torch.where(mask[:, None], block.value(x), -torch.inf), size).nan_to_num(neginf=0.0).flatten(2)
+        value = pooled(torch.where(mask[:, None], block.value(x), -torch.inf), size, whole=True)
+        value = value.nan_to_num(neginf=0.0).flatten(2)
     kept = (low[:, 0] > -torch.inf).flatten(1)
     assert kept.any()
     assert not kept.all()

@@ -111,7 +111,8 @@ def test_relative_logits_are_a_sum_over_rows_and_columns(height: int, width: int
 
 @pytest.mark.parametrize("position", ["relative", "relative_scaled", "sinusoidal"])
 def test_weights_of_chosen_queries(position: str):
-    block = fill(create_block("multihead", 8, heads=2, position=position, position_size=(3, 4)))
+    size = {} if position == "sinusoidal" else {"position_size": (3, 4)}
+    block = fill(create_block("multihead", 8, heads=2, position=position, **size))
     x = torch.randn(3, 8, 5, 4)
     every = block.attention_weights(x)
     chosen, own = torch.tensor([19, 0, 7]), torch.tensor([[1, 2], [3, 3], [19, 0]])
@@ -184,7 +185,18 @@ def test_sinusoids_need_channels_in_fours(channels: tuple[int, int]):
         CrossAttention2d(*channels, heads=2, position="sinusoidal")
 
 
-@pytest.mark.parametrize("size", [0, (0, 3), (3, 0), (3,), (1, 2, 3), 7.5, (2.5, 3), None, "14"])
+def test_a_size_without_a_table():
+    with pytest.raises(BlockError, match=r"position_size \(7\) goes with relative positions, not with 'sinusoidal'"):
+        MultiHeadAttention2d(8, position="sinusoidal", position_size=7)
+
+
+@pytest.mark.parametrize("queries", [[20], [-1], [[0, 20], [1, 2], [3, 4]], [1.0], [[0, 1]], [[[0]]]])
+def test_positions_outside_of_the_map(queries):
+    with pytest.raises(BlockError, match="queries"):
+        create_block("sagan", 8).attention_weights(torch.randn(3, 8, 5, 4), torch.tensor(queries))
+
+
+@pytest.mark.parametrize("size", [0, (0, 3), (3, 0), (3,), (1, 2, 3), 7.5, (2.5, 3), "14"])
 def test_sizes_out_of_range(size):
     with pytest.raises(BlockError, match="position_size"):
         MultiHeadAttention2d(8, position="relative", position_size=size)

@@ -62,6 +62,11 @@ def test_every_config_and_block_is_in_the_readme():
         assert f"`{name}`" in TEXT
 
 
+def test_files_are_there():
+    for path in re.findall(r"`((?:benchmarks|configs)/[\w.]+)`", TEXT):
+        assert (ROOT / path).is_file(), path
+
+
 def test_pictures_are_there():
     for path in re.findall(r"!\[.*?\]\((\S+?)\)", TEXT):
         assert (ROOT / path).is_file()

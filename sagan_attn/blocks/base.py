@@ -1,7 +1,8 @@
 """What all attention blocks on maps share: from maps to rows of queries, keys and values, and back."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,7 +13,7 @@ from sagan_attn.blocks.checks import one_of, positive, probability
 from sagan_attn.blocks.pointwise import Pointwise
 from sagan_attn.errors import BlockError
 from sagan_attn.functional.attention import Normalize, Score
-from sagan_attn.functional.paths import PATHS, Path
+from sagan_attn.functional.paths import PATHS, Path, obstacle_to_factoring
 
 __all__ = ["MapAttention", "Position", "resolve_scale"]
 
@@ -34,8 +35,9 @@ class MapAttention(nn.Module):
         score, normalize: see `functional.attention_weights`.
         pool: max-pooling window and stride on keys and values.
         pool_first: pool before the convolutions of keys and values instead of after them.
-        position: see `MultiHeadAttention2d`.
-        position_size: height and width that the tables of relative positions are made for.
+        pool_ceil: whether windows that hang over the edge count; see `functional.pool_map`.
+        position: see `CrossAttention2d`.
+        position_size: height and width that the tables of relative positions are made for; None for 14.
         dropout: of weights, in training.
         path: see `functional.attend`.
     """
@@ -57,8 +59,9 @@ class MapAttention(nn.Module):
         normalize: Normalize = "softmax",
         pool: int = 1,
         pool_first: bool = False,
+        pool_ceil: bool = True,
         position: Position | None = None,
-        position_size: int | tuple[int, int] = 14,
+        position_size: int | tuple[int, int] | None = None,
         dropout: float = 0.0,
         path: Path = "auto",
         device: torch.device | str | None = None,
@@ -68,6 +71,9 @@ class MapAttention(nn.Module):
         positive(pool=pool)
         probability(dropout=dropout)
         one_of("path", path, PATHS)
+        how = {"score": score, "normalize": normalize, "position": position if position != "sinusoidal" else None}
+        if path == "factored" and (obstacle := obstacle_to_factoring(dropout, how)):
+            raise BlockError(f"path 'factored' cannot serve {obstacle}")
         one_of("position", position, (None, *get_args(Position)))
         self.in_channels = in_channels
         self.heads = heads
@@ -77,6 +83,7 @@ class MapAttention(nn.Module):
         self.normalize: Normalize = normalize
         self.pool = pool
         self.pool_first = pool_first
+        self.pool_ceil = pool_ceil
         self.position = position
         self.dropout = dropout
         self.path: Path = path
@@ -90,9 +97,11 @@ class MapAttention(nn.Module):
         if position in ("relative", "relative_scaled"):
             if pool > 1:
                 raise BlockError(f"position ({position!r}) needs keys at the positions of the queries: pool must be 1")
-            height, width = _pair(position_size)
+            height, width = _pair(14 if position_size is None else position_size)
             self.height_rel = _offset_table(height, head_size, dd)
             self.width_rel = _offset_table(width, head_size, dd)
+        elif position_size is not None:
+            raise BlockError(f"position_size ({position_size!r}) goes with relative positions, not with {position!r}")
         for channels in (in_channels, context_channels):
             if position == "sinusoidal" and channels % 4:
                 raise BlockError(f"position ('sinusoidal') needs channels in fours, not {channels}")
@@ -130,13 +139,14 @@ class MapAttention(nn.Module):
         """Weights of the block on a map x [B, C, H, W], as [B, h, Q, M], before any dropout.
 
         queries: row-major positions (row * W + column), [Q] or one set a sample [B, Q]; None for all N. The keys are
-        the positions of the context in row-major order, M = ceil(Hc/pool) * ceil(Wc/pool). context, mask: as in
-        `branch`.
+        the positions of the context in row-major order, after pooling. context, mask: as in `branch`. Raises
+        `BlockError` for positions outside of the map.
         """
         context = self._context_of(x, context)
         query, key = self.query_and_key(x, context, mask)
         how = self._how(x, context, mask)
         if queries is not None:
+            check_positions(queries, query.shape[0], query.shape[2])
             index = queries.expand(len(x), -1)  # [B, Q]
             query = query.take_along_dim(index[:, None, :, None], dim=2)
             how["index"] = index
@@ -146,8 +156,12 @@ class MapAttention(nn.Module):
         self, height: int, width: int, context_size: tuple[int, int] | None = None
     ) -> tuple[int, int, int]:
         """Heads, queries and keys (h, N, M) on a map of that size, with a context of that height and width."""
-        rows, columns = context_size or (height, width)
-        return self.heads, height * width, -(-rows // self.pool) * -(-columns // self.pool)
+        sides = context_size or (height, width)
+        if self.pool_ceil or min(sides) < self.pool:
+            rows, columns = (-(-side // self.pool) for side in sides)
+        else:
+            rows, columns = (side // self.pool for side in sides)
+        return self.heads, height * width, rows * columns
 
     def _context_of(self, x: Tensor, context: Tensor | None) -> Tensor:
         same_size = self.height_rel is not None
@@ -156,14 +170,14 @@ class MapAttention(nn.Module):
     def _keys_of(self, projection: Pointwise | None, context: Tensor, mask: Tensor | None) -> Tensor:
         """The map of keys or values, pooled: [B, h*d, Hc, Wc]."""
         if projection is None:
-            return functional.pool_map(context, self.pool, mask)
+            return functional.pool_map(context, self.pool, mask, self.pool_ceil)
         if self.pool_first:
-            return projection(functional.pool_map(context, self.pool, mask))
-        return functional.pool_map(projection(context), self.pool, mask)
+            return projection(functional.pool_map(context, self.pool, mask, self.pool_ceil))
+        return functional.pool_map(projection(context), self.pool, mask, self.pool_ceil)
 
     def _how(self, x: Tensor, context: Tensor, mask: Tensor | None) -> dict[str, Any]:
         """The arguments of `functional.attention_weights` beside query, key and scale."""
-        how: dict[str, Any] = {"mask": functional.key_mask(context, self.pool, mask)}
+        how: dict[str, Any] = {"mask": functional.key_mask(context, self.pool, mask, self.pool_ceil)}
         if self.score != "dot":
             how |= {"score": self.score, "vector": self.score_vector}
         if self.normalize != "softmax":
@@ -185,7 +199,7 @@ def _offset_table(size: int, features: int, dd: Mapping[str, Any]) -> nn.Paramet
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    pair = tuple(size) if isinstance(size, Sequence) else (size, size)
+    pair = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
     if len(pair) != 2:
         raise BlockError(f"position_size ({size!r}) must be one whole number, or height and width")
     for side in pair:
@@ -193,12 +207,21 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return pair
 
 
-def resolve_scale(scale: float | str | None, size: int) -> float:
-    """The factor on the scores for heads of `size` features. Raises `BlockError` for an unknown word."""
+def check_positions(queries: Tensor, batch: int, n: int) -> None:
+    """Raise `BlockError` unless queries are whole numbers from 0 to n - 1, of shape [Q] or [batch, Q]."""
+    if queries.is_floating_point() or queries.dim() not in (1, 2) or (queries.dim() == 2 and len(queries) != batch):
+        found = f"{tuple(queries.shape)} and {queries.dtype}"
+        raise BlockError(f"queries of shape {found} must be whole numbers of shape [Q] or [{batch}, Q]")
+    if queries.numel() and not 0 <= int(queries.min()) <= int(queries.max()) < n:
+        raise BlockError(f"queries ({queries.tolist()}) must be positions of the map, from 0 to {n - 1}")
+
+
+def resolve_scale(scale: float | str | None, size: int, words: str = "'sqrt'") -> float:
+    """The factor on the scores for heads of `size` features. Raises `BlockError` for an unknown word, naming words."""
     if scale is None:
         return 1.0
     if scale == "sqrt":
         return size**-0.5
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise BlockError(f"scale ({scale!r}) must be a number, 'sqrt' or None")
+    if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
+        raise BlockError(f"scale ({scale!r}) must be a number, {words} or None")
     return float(scale)

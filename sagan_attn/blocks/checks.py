@@ -1,5 +1,7 @@
 """Checks of block options, with one wording."""
 
+import math
+from numbers import Integral, Real
 from typing import Any
 
 from sagan_attn.errors import BlockError
@@ -8,7 +10,7 @@ from sagan_attn.errors import BlockError
 def positive(**options: int) -> None:
     """Raise `BlockError` unless each option is a whole number of at least 1."""
     for name, value in options.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
             raise BlockError(f"{name} ({value!r}) must be a whole number of at least 1")
 
 
@@ -27,8 +29,22 @@ def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
 def probability(**options: float) -> None:
     """Raise `BlockError` unless each option is at least 0 and below 1."""
     for name, value in options.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < 1:
             raise BlockError(f"{name} ({value!r}) must be a number of at least 0 and below 1")
+
+
+def number(**options: float) -> None:
+    """Raise `BlockError` unless each option is a finite number."""
+    for name, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+            raise BlockError(f"{name} ({value!r}) must be a finite number")
+
+
+def flags(**options: bool) -> None:
+    """Raise `BlockError` unless each option is True or False."""
+    for name, value in options.items():
+        if not isinstance(value, bool):
+            raise BlockError(f"{name} ({value!r}) must be True or False")
 
 
 def narrowed(in_channels: int, name: str, reduction: int) -> int:

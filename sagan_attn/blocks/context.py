@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sagan_attn import functional
-from sagan_attn.blocks.checks import narrowed, one_of
+from sagan_attn.blocks.checks import narrowed, number, one_of
 from sagan_attn.blocks.pointwise import Pointwise
 
 
@@ -38,6 +38,7 @@ class GlobalContext2d(nn.Module):
     ) -> None:
         super().__init__()
         hidden = narrowed(in_channels, "reduction", min(8, in_channels) if reduction is None else reduction)
+        number(gamma_init=gamma_init)
         one_of("reduce", reduce, ("max", "mean"))
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_channels = in_channels

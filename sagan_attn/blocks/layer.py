@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sagan_attn import functional
-from sagan_attn.blocks.checks import one_of, probability
+from sagan_attn.blocks.checks import flags, one_of, probability
 
 __all__ = ["Activation", "TransformerLayer"]
 
@@ -23,6 +23,7 @@ class TransformerLayer(nn.Module):
     def __init__(self, norm_first: bool, activation: Activation, dropout: float) -> None:
         super().__init__()
         probability(dropout=dropout)
+        flags(norm_first=norm_first)
         one_of("activation", activation, get_args(Activation))
         self.norm_first = norm_first
         self.activation: Activation = activation

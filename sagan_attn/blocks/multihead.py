@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sagan_attn import functional
 from sagan_attn.blocks.base import MapAttention, Position, resolve_scale
-from sagan_attn.blocks.checks import divides, narrowed, one_of, positive
+from sagan_attn.blocks.checks import divides, flags, narrowed, one_of, positive
 from sagan_attn.blocks.pointwise import Pointwise
 from sagan_attn.functional.paths import Path
 
@@ -36,7 +36,7 @@ class CrossAttention2d(MapAttention):
             "relative": query . (learned vector of the row offset + of the column offset) is added to the scores, as
             in BoTNet, which needs a context of the size of x; "relative_scaled": the same, times scale.
         position_size: height and width, or one number for both, that the tables of relative positions are made for.
-            Maps of another size work: an offset takes the vector at the same part of the side.
+            None for 14. Maps of another size work: an offset takes the vector at the same part of the side.
         dropout: probability of an attention weight to be set to 0, in training.
         zero_init: whether `output` starts at 0; otherwise as a torch convolution.
         path: how attention is computed; see `functional.attend`.
@@ -56,19 +56,20 @@ class CrossAttention2d(MapAttention):
         scale: float | Literal["sqrt"] | None = "sqrt",
         bias: bool = False,
         position: Position | None = None,
-        position_size: int | tuple[int, int] = 14,
+        position_size: int | tuple[int, int] | None = None,
         dropout: float = 0.0,
         zero_init: bool = True,
         path: Path = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        positive(in_channels=query_channels, heads=heads)
+        positive(query_channels=query_channels, heads=heads)
+        flags(bias=bias, zero_init=zero_init)
         context_channels = query_channels if context_channels is None else context_channels
         positive(context_channels=context_channels)
         one_of("score", score, ("dot", "additive"))
         inner = narrowed(query_channels, "reduction", reduction)
-        divides("heads", heads, "the inner channels, in_channels // reduction", inner)
+        divides("heads", heads, "the inner channels", inner)
         factor = resolve_scale(scale, inner // heads)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(
@@ -113,7 +114,7 @@ class MultiHeadAttention2d(CrossAttention2d):
         scale: float | Literal["sqrt"] | None = "sqrt",
         bias: bool = False,
         position: Position | None = None,
-        position_size: int | tuple[int, int] = 14,
+        position_size: int | tuple[int, int] | None = None,
         dropout: float = 0.0,
         zero_init: bool = True,
         path: Path = "auto",

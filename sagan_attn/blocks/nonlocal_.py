@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sagan_attn import functional
 from sagan_attn.blocks.base import MapAttention, resolve_scale
-from sagan_attn.blocks.checks import narrowed, one_of, positive
+from sagan_attn.blocks.checks import flags, narrowed, one_of, positive
 from sagan_attn.blocks.norms import BranchNorm
 from sagan_attn.blocks.pointwise import Init, Pointwise, initialise
 from sagan_attn.functional.paths import Path
@@ -43,7 +43,8 @@ class NonLocal2d(MapAttention):
         divisor: round that to a multiple of it, at least one, and down by at most 10 %, as timm does.
         scale: factor on the scores of the embedded Gaussian; "sqrt" for 1 / sqrt(d), "input" for
             1 / sqrt(in_channels), None for none. The other modes have none in any of the codes, nor here.
-        pool: max-pooling window and stride on keys and values; 1 for none.
+        pool: max-pooling window and stride on keys and values; 1 for none. As in the codes, the last row and column
+            of a map of odd size are left out (not so in `SelfAttention2d`, whose public codes fail there).
         pool_first: pool the map before the convolutions of keys and values, not their results.
         bias: whether the convolutions have biases.
         norm: whether a batch norm follows `output`.
@@ -73,12 +74,13 @@ class NonLocal2d(MapAttention):
     ) -> None:
         positive(in_channels=in_channels, divisor=divisor, reduction=2 if reduction is None else reduction)
         one_of("mode", mode, get_args(Mode))
+        flags(bias=bias, norm=norm, pool_first=pool_first)
         if divisor > 1:
             inner = _rounded(in_channels / (2 if reduction is None else reduction), divisor)
         else:
             inner = narrowed(in_channels, "reduction", min(2, in_channels) if reduction is None else reduction)
         size = in_channels if mode == "gaussian" else inner
-        factor = resolve_scale(in_channels**-0.5 if scale == "input" else scale, size)
+        factor = resolve_scale(in_channels**-0.5 if scale == "input" else scale, size, "'sqrt', 'input'")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(
             in_channels,
@@ -88,6 +90,7 @@ class NonLocal2d(MapAttention):
             head_size=size,
             pool=pool,
             pool_first=pool_first,
+            pool_ceil=False,
             path=path,
             **MODES[mode],
             **dd,

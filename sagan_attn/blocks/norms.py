@@ -9,8 +9,8 @@ from sagan_attn import functional
 class BranchNorm(nn.BatchNorm2d):
     """Batch norm for any map: one value a channel, which has no variance, is normalised by the running statistics.
 
-    `nn.BatchNorm2d` fails there in training; a block must take every map its host takes. Input and output
-    [B, C, H, W].
+    `nn.BatchNorm2d` fails there in training, and so does what `nn.SyncBatchNorm.convert_sync_batchnorm` makes of this
+    one; a block must take every map its host takes. Input and output [B, C, H, W].
     """
 
     def __init__(
@@ -19,16 +19,15 @@ class BranchNorm(nn.BatchNorm2d):
         super().__init__(num_features, device=device, dtype=dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.training and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
         return functional.branch_norm(
             input,
             self.running_mean,
             self.running_var,
+            self.num_batches_tracked,
             self.weight,
             self.bias,
-            self.training,
-            0.1 if self.momentum is None else self.momentum,
+            self.training or self.running_mean is None,
+            self.momentum,
             self.eps,
         )
 

@@ -1,5 +1,6 @@
 """1x1 convolutions: plain, and with spectral normalisation that pickles; and the ways their weights start."""
 
+import math
 from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
@@ -15,11 +16,13 @@ __all__ = ["Init", "Pointwise", "SpectralPointwise", "initialise"]
 Init = Literal["torch", "normal", "kaiming", "trunc_normal"]
 
 
-class Pointwise(nn.Conv2d):
+class Pointwise(nn.Module):
     """A 1x1 convolution; `nn.Conv2d(in_channels, out_channels, 1)` that also takes empty maps.
 
     Input [B, in_channels, H, W], output [B, out_channels, H, W]; raises `BlockError` for any other input. The weight
-    of an `nn.Linear` or of an `nn.Conv1d` of size 1 loads as well: it is the same map, position by position.
+    [out_channels, in_channels, 1, 1] of an `nn.Conv2d`, and that of an `nn.Linear` or of an `nn.Conv1d` of size 1,
+    load: it is the same map, position by position. First weights as `nn.Conv2d`. It is none itself, because hosts
+    like timm's give each `nn.Conv2d` in them new first weights, and what starts at 0 has to stay there.
     """
 
     def __init__(
@@ -30,10 +33,20 @@ class Pointwise(nn.Conv2d):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size=1, bias=bias, device=device, dtype=dtype)
+        super().__init__()
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 1, 1, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -(in_channels**-0.5), in_channels**-0.5)
 
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.pointwise(input, self.weight, self.bias)
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.pointwise(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}" + ("" if self.bias is not None else ", bias=False")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         weight = state_dict.get(prefix + "weight")
@@ -72,9 +85,9 @@ class SpectralPointwise(Pointwise):
         for _ in range(steps):
             functional.spectrally_normalized(self.weight, self.weight_u, self.weight_v, update=True)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         weight = functional.spectrally_normalized(self.weight, self.weight_u, self.weight_v, self.training)
-        return functional.pointwise(input, weight, self.bias)
+        return functional.pointwise(x, weight, self.bias)
 
 
 def initialise(convs: Iterable[Pointwise | None], init: Init) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from sagan_attn.blocks.checks import positive
 from sagan_attn.blocks.context import GlobalContext2d
 from sagan_attn.blocks.multihead import CrossAttention2d, MultiHeadAttention2d
 from sagan_attn.blocks.nonlocal_ import NonLocal2d
@@ -76,7 +77,7 @@ def block_names() -> list[str]:
 def get_form(name: str) -> Form:
     """The form of that name. Raises `BlockError` with near names for an unknown one."""
     if name not in FORMS:
-        near = difflib.get_close_matches(name, FORMS) or list(FORMS)
+        near = difflib.get_close_matches(str(name), FORMS) or list(FORMS)
         raise BlockError(f"unknown block {name!r}; did you mean {' or '.join(near)}? (all: {', '.join(FORMS)})")
     return FORMS[name]
 
@@ -91,6 +92,7 @@ def create_block(name: str, in_channels: int, **options: Any) -> nn.Module:
     """
     form = get_form(name)
     check_options(name, form.factory, options)
+    positive(in_channels=in_channels)
     own = {option: v(in_channels) if callable(v) else v for option, v in form.options.items() if option not in options}
     return form.factory(in_channels, **own, **options)
 

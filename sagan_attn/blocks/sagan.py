@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sagan_attn import functional
 from sagan_attn.blocks.base import MapAttention, Position, resolve_scale
-from sagan_attn.blocks.checks import divides, narrowed, positive
+from sagan_attn.blocks.checks import divides, flags, narrowed, number, positive
 from sagan_attn.blocks.pointwise import Init, Pointwise, SpectralPointwise, initialise
 from sagan_attn.functional.paths import Path
 
@@ -41,7 +41,7 @@ class SelfAttention2d(MapAttention):
         pool: max-pooling window and stride on the maps of keys and values; 1 for none.
         bias: whether the convolutions have biases.
         spectral_norm: divide every weight by its spectral norm.
-        position, position_size: see `MultiHeadAttention2d`.
+        position, position_size: see `CrossAttention2d`.
         init: first weights of the convolutions; see `initialise`.
         gamma_init: first value of gamma, a parameter of shape [1].
         path: how attention is computed; see `functional.attend`.
@@ -62,7 +62,7 @@ class SelfAttention2d(MapAttention):
         bias: bool = True,
         spectral_norm: bool = False,
         position: Position | None = None,
-        position_size: int | tuple[int, int] = 14,
+        position_size: int | tuple[int, int] | None = None,
         init: Init = "torch",
         gamma_init: float = 0.0,
         path: Path = "auto",
@@ -70,6 +70,8 @@ class SelfAttention2d(MapAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         positive(in_channels=in_channels, heads=heads)
+        flags(bias=bias, spectral_norm=spectral_norm)
+        number(gamma_init=gamma_init)
         query_channels = narrowed(in_channels, "reduction", min(8, in_channels) if reduction is None else reduction)
         divides("heads", heads, "the query channels, in_channels // reduction", query_channels)
         value_channels = in_channels

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sagan_attn import functional
-from sagan_attn.blocks.checks import divides, one_of, positive, probability
+from sagan_attn.blocks.checks import divides, flags, one_of, positive, probability
 from sagan_attn.functional.paths import PATHS, Path
 
 
@@ -53,8 +53,9 @@ class MultiHeadAttention(nn.Module):
         positive(num_hiddens=num_hiddens, num_heads=num_heads)
         divides("num_heads", num_heads, "num_hiddens", num_hiddens)
         one_of("score", score, ("dot", "additive"))
-        one_of("path", path, PATHS)
+        one_of("path", path, tuple(name for name in PATHS if name != "factored"))
         probability(dropout=dropout)
+        flags(bias=bias)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         size = num_hiddens // num_heads
         self.num_heads = num_heads
@@ -81,12 +82,14 @@ class MultiHeadAttention(nn.Module):
         """Attention, [B, N, num_hiddens].
 
         valid_lens: how many of the keys, from the first one, may be attended to; [B] or, for each query, [B, N].
-        mask: boolean, True at keys that may be attended to; [B, M], [B, N, M] or [B, h, N, M]. A query without any
-        key gets a weighted sum of 0 (and of it the output's bias), where torch can give NaN.
+        mask: boolean, True at keys that may be attended to; [B, 1, M], [1, N, M], [B, N, M] or [B, h, N, M]. A query
+        without any key gets a weighted sum of 0 (and of it the output's bias), where torch can give NaN.
         """
+        query, key = self._query_and_key(queries, keys)
+        values = functional.sequence_of(values, "values", self.value.in_features, keys.shape[0], keys.shape[1])
         rows = functional.attend(
-            functional.split_features(self.query(queries), self.num_heads),
-            functional.split_features(self.key(keys), self.num_heads),
+            query,
+            key,
             functional.split_features(self.value(values), self.num_heads),
             self.scale,
             dropout=self.dropout if self.training else 0.0,
@@ -101,14 +104,21 @@ class MultiHeadAttention(nn.Module):
         self, queries: Tensor, keys: Tensor, valid_lens: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """Weights before any dropout, [B * num_heads, N, M], the heads of a sample next to each other."""
+        query, key = self._query_and_key(queries, keys)
         return functional.attention_weights(
-            functional.split_features(self.query(queries), self.num_heads),
-            functional.split_features(self.key(keys), self.num_heads),
+            query,
+            key,
             self.scale,
             valid_lens=valid_lens,
             mask=functional.sequence_mask(mask),
             **self._score(),
         ).flatten(0, 1)
+
+    def _query_and_key(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        queries = functional.sequence_of(queries, "queries", self.query.in_features)
+        keys = functional.sequence_of(keys, "keys", self.key.in_features, queries.shape[0])
+        query = functional.split_features(self.query(queries), self.num_heads)
+        return query, functional.split_features(self.key(keys), self.num_heads)
 
     def _score(self) -> dict[str, Any]:
         return {} if self.score_vector is None else {"score": "additive", "vector": self.score_vector}

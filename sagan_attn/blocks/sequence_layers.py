@@ -98,6 +98,7 @@ class DecoderLayer(EncoderLayer):
         self,
         x: Tensor,
         memory: Tensor,
+        *,
         valid_lens: Tensor | None = None,
         mask: Tensor | None = None,
         causal: bool = False,
@@ -112,19 +113,31 @@ class DecoderLayer(EncoderLayer):
 
 
 class Encoder(nn.Module):
-    """A stack of encoder layers, each made with the same options, and a norm behind them if these are pre-norm.
+    """A stack of encoder layers, each made with the same options, and a norm behind them.
 
     num_layers layers `EncoderLayer(num_hiddens, num_heads, ffn_hiddens, **options)`; input and arguments as theirs.
+    final_norm: whether there is a norm behind the last layer; None for one where the layers' norms come first.
+    `nn.Transformer` has one in any case.
     """
 
     layer = EncoderLayer
 
-    def __init__(self, num_layers: int, num_hiddens: int, num_heads: int, ffn_hiddens: int, **options: Any) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        num_hiddens: int,
+        num_heads: int,
+        ffn_hiddens: int,
+        *,
+        final_norm: bool | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__()
         positive(num_layers=num_layers)
         layers = [self.layer(num_hiddens, num_heads, ffn_hiddens, **options) for _ in range(num_layers)]
         self.layers = nn.ModuleList(layers)
-        self.norm = copy.deepcopy(layers[0].norm1) if layers[0].norm_first else None
+        final_norm = layers[0].norm_first if final_norm is None else final_norm
+        self.norm = copy.deepcopy(layers[0].norm1) if final_norm else None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         for layer in self.layers:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sagan_attn import functional
 from sagan_attn.blocks.base import Position
 from sagan_attn.blocks.checks import positive
 from sagan_attn.blocks.layer import Activation, TransformerLayer
@@ -52,7 +53,7 @@ class EncoderBlock2d(TransformerLayer):
         activation: Activation = "gelu",
         bias: bool = True,
         position: Position | None = None,
-        position_size: int | tuple[int, int] = 14,
+        position_size: int | tuple[int, int] | None = None,
         dropout: float = 0.0,
         zero_init: bool = True,
         path: Path = "auto",
@@ -101,7 +102,7 @@ class DecoderBlock2d(EncoderBlock2d):
     As `EncoderBlock2d`, with a step `cross` behind `norm2` between its two, and `norm3` for the ffn. The context
     [B, context_channels, Hc, Wc] may have any size and is not normalised; without one, as in a graft, cross attends
     to its own input. context_mask, boolean [B, Hc, Wc], is True at the positions of the context that
-    may be attended to. Numbers as `nn.TransformerDecoderLayer`.
+    may be attended to; without a context it is the mask. Numbers as `nn.TransformerDecoderLayer`.
 
     Args:
         context_channels: channels of the context; None for in_channels.
@@ -122,7 +123,7 @@ class DecoderBlock2d(EncoderBlock2d):
         activation: Activation = "gelu",
         bias: bool = True,
         position: Position | None = None,
-        position_size: int | tuple[int, int] = 14,
+        position_size: int | tuple[int, int] | None = None,
         dropout: float = 0.0,
         zero_init: bool = True,
         path: Path = "auto",
@@ -158,5 +159,6 @@ class DecoderBlock2d(EncoderBlock2d):
         context_mask: Tensor | None = None,
     ) -> Tensor:
         x = self.step(self.norm1, lambda x: self.attention.branch(x, mask=mask), x)
-        x = self.step(self.norm2, lambda x: self.cross.branch(x, context, context_mask), x)
+        hidden = functional.context_mask_of(context, mask, context_mask)
+        x = self.step(self.norm2, lambda x: self.cross.branch(x, context, hidden), x)
         return self.step(self.norm3, self.ffn, x)

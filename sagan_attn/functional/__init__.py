@@ -15,6 +15,7 @@ from sagan_attn.functional.maps import (
     add_sinusoids,
     branch_norm,
     channel_norm,
+    context_mask_of,
     context_of,
     difference,
     gated_residual,
@@ -29,7 +30,7 @@ from sagan_attn.functional.maps import (
 )
 from sagan_attn.functional.paths import attend
 from sagan_attn.functional.positions import relative_tables
-from sagan_attn.functional.sequences import causal_lens, merge_features, sequence_mask, split_features
+from sagan_attn.functional.sequences import causal_lens, merge_features, sequence_mask, sequence_of, split_features
 
 __all__ = [
     "add_sinusoids",
@@ -39,6 +40,7 @@ __all__ = [
     "branch_norm",
     "causal_lens",
     "channel_norm",
+    "context_mask_of",
     "context_of",
     "difference",
     "gated_residual",
@@ -50,6 +52,7 @@ __all__ = [
     "relative_tables",
     "residual",
     "sequence_mask",
+    "sequence_of",
     "spectrally_normalized",
     "split_features",
     "split_heads",

@@ -78,10 +78,10 @@ def attention_weights(
 def _scores(query: Tensor, key: Tensor, scale: float, score: Score, vector: Tensor | None) -> Tensor:
     if score == "dot":
         return torch.matmul(query * scale, key.transpose(-2, -1))
-    if vector is None or score not in get_args(Score):
-        raise BlockError(
-            f"score ({score!r}) must be one of {', '.join(get_args(Score))}, and but for 'dot' has a vector"
-        )
+    if score not in get_args(Score):
+        raise BlockError(f"score ({score!r}) must be one of {', '.join(get_args(Score))}")
+    if vector is None:
+        raise BlockError(f"score {score!r} needs a vector")
     vector = vector.to(query.dtype)
     if score == "additive":
         features = (query[:, :, :, None] + key[:, :, None]).tanh()  # [B, h, N, M, d]
@@ -113,6 +113,8 @@ def check_lens(b: int, n: int, valid_lens: Tensor | None) -> None:
     """Raise `BlockError` unless valid_lens are None or whole numbers [B] or [B, N]."""
     if valid_lens is None:
         return
+    if not isinstance(valid_lens, Tensor):
+        raise BlockError(f"valid_lens must be a tensor of whole numbers, not a {type(valid_lens).__name__}")
     whole = not (valid_lens.is_floating_point() or valid_lens.is_complex() or valid_lens.dtype == torch.bool)
     if not whole or tuple(valid_lens.shape) not in ((b,), (b, n)):
         raise BlockError(
@@ -125,6 +127,8 @@ def check_mask(shape: Sequence[int], mask: Tensor | None) -> None:
     """Raise `BlockError` unless the mask is None or boolean and broadcasts to that shape of scores."""
     if mask is None:
         return
+    if not isinstance(mask, Tensor):
+        raise BlockError(f"mask must be a boolean tensor, not a {type(mask).__name__}")
     fits = mask.dim() == 4 and all(size in (1, full) for size, full in zip(mask.shape, shape, strict=True))
     if mask.dtype != torch.bool or not fits:
         raise BlockError(

@@ -27,23 +27,27 @@ def _check_map(x: Tensor, channels: int) -> None:
         raise BlockError(f"input of shape {tuple(x.shape)} does not fit: a map [B, {channels}, H, W] is required")
 
 
-def pool_map(x: Tensor, size: int, mask: Tensor | None = None) -> Tensor:
-    """Max pooling with window and stride `size`; a window that hangs over the edge counts, so no position is lost.
+def pool_map(x: Tensor, size: int, mask: Tensor | None = None, ceil: bool = True) -> Tensor:
+    """Max pooling with window and stride `size`.
 
-    x [B, C, H, W]; returns [B, C, ceil(H/size), ceil(W/size)]. For H and W divisible by `size` this is the usual
-    pooling of the public SAGAN and BigGAN codes, which fail on odd and on 1x1 maps. mask, boolean [B, H, W]: the
-    maximum is taken over its true positions, and is 0 in windows without any.
+    x [B, C, H, W]; returns [B, C, ceil(H/size), ceil(W/size)]: a window that hangs over the edge counts, so no position
+    is lost. Without `ceil` what is left at the edge is dropped, as by `nn.MaxPool2d`, unless a side is shorter than a
+    window. mask, boolean [B, H, W]: the maximum is taken over its true positions, and is 0 in windows without any.
     """
     if size == 1 or x.shape[2] == 0 or x.shape[3] == 0:
         return x
     if mask is None:
-        return F.max_pool2d(x, size, ceil_mode=True)
+        return F.max_pool2d(x, size, ceil_mode=_hangs_over(x, size, ceil))
     _check_mask(mask, x)
-    pooled = F.max_pool2d(x.masked_fill(~mask[:, None], torch.finfo(x.dtype).min), size, ceil_mode=True)
-    return pooled.masked_fill(~_pool_mask(mask, size), 0)
+    x = x.masked_fill(~mask[:, None], torch.finfo(x.dtype).min)
+    return F.max_pool2d(x, size, ceil_mode=_hangs_over(x, size, ceil)).masked_fill(~_pool_mask(mask, size, ceil), 0)
 
 
-def key_mask(x: Tensor, size: int, mask: Tensor | None) -> Tensor | None:
+def _hangs_over(x: Tensor, size: int, ceil: bool) -> bool:
+    return ceil or x.shape[2] < size or x.shape[3] < size
+
+
+def key_mask(x: Tensor, size: int, mask: Tensor | None, ceil: bool = True) -> Tensor | None:
     """The mask [B, 1, 1, M] of the keys made by `pool_map` from a map x [B, C, H, W] with a mask [B, H, W].
 
     None for None. Raises `BlockError` for a mask that does not fit the map.
@@ -52,16 +56,19 @@ def key_mask(x: Tensor, size: int, mask: Tensor | None) -> Tensor | None:
         return None
     _check_mask(mask, x)
     if size > 1 and mask.shape[1] and mask.shape[2]:
-        mask = _pool_mask(mask, size)[:, 0]
+        mask = _pool_mask(mask, size, ceil)[:, 0]
     return mask.flatten(1)[:, None, None]
 
 
-def _pool_mask(mask: Tensor, size: int) -> Tensor:
-    """[B, 1, ceil(H/size), ceil(W/size)]: which windows hold a true position of a mask [B, H, W]."""
-    return F.max_pool2d(mask[:, None].to(torch.float32), size, ceil_mode=True) > 0
+def _pool_mask(mask: Tensor, size: int, ceil: bool) -> Tensor:
+    """Which windows of `pool_map` hold a true position of a mask [B, H, W]: [B, 1, rows, columns]."""
+    ones = mask[:, None].to(torch.float32)
+    return F.max_pool2d(ones, size, ceil_mode=_hangs_over(ones, size, ceil)) > 0
 
 
 def _check_mask(mask: Tensor, x: Tensor) -> None:
+    if not isinstance(mask, Tensor):
+        raise BlockError(f"mask must be a boolean tensor [B, H, W], not a {type(mask).__name__}")
     if mask.dtype != torch.bool or mask.shape != (x.shape[0], *x.shape[2:]):
         raise BlockError(
             f"mask of shape {tuple(mask.shape)} and {mask.dtype} must be boolean, True at positions to attend to, and "
@@ -88,6 +95,11 @@ def context_of(
     if not fits or (same_size and context.shape[2:] != x.shape[2:]):
         raise BlockError(f"{required}, not {tuple(context.shape)}" + (", for relative positions" if same_size else ""))
     return context
+
+
+def context_mask_of(context: Tensor | None, mask: Tensor | None, context_mask: Tensor | None) -> Tensor | None:
+    """The mask of the context, which is that of the map itself where the map is its own context."""
+    return mask if context is None and context_mask is None else context_mask
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -146,23 +158,30 @@ def branch_norm(
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
+    batches: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     training: bool,
-    momentum: float,
+    momentum: float | None,
     eps: float,
 ) -> Tensor:
     """Batch norm that also takes maps with one value a channel or none, which have no variance.
 
-    Those are normalised by the running statistics, which they do not move. x [B, C, H, W], the others [C].
+    Those are normalised by the running statistics, which they do not move, or by none where there are none. x
+    [B, C, H, W], the others [C] but for batches, the number of batches so far; as in `nn.BatchNorm2d`.
     """
-    if x.numel() <= x.shape[1]:
-        training = False
-    if weight.dtype != torch.float32:  # statistics in half precision go with maps of the same; autocast may differ
-        x = x.to(weight.dtype)
     if x.numel() == 0:
         return x * weight[:, None, None] + bias[:, None, None]
-    return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    if weight.dtype != torch.float32:  # statistics in half precision go with maps of the same; autocast may differ
+        x = x.to(weight.dtype)
+    if x.numel() == x.shape[1]:
+        if running_mean is None:
+            running_mean, running_var = torch.zeros_like(weight), torch.ones_like(weight)
+        return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
+    if training and batches is not None:
+        batches.add_(1)
+        momentum = 1 / float(batches) if momentum is None else momentum
+    return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum or 0.0, eps)
 
 
 def spectrally_normalized(weight: Tensor, u: Tensor, v: Tensor, update: bool, eps: float = 1e-12) -> Tensor:

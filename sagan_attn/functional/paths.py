@@ -13,13 +13,14 @@ from sagan_attn.errors import BlockError
 from sagan_attn.functional.attention import allowed_keys, attention_output, attention_weights, check_lens, check_mask
 from sagan_attn.functional.precision import no_autocast
 
-__all__ = ["PATHS", "Path", "attend"]
+__all__ = ["PATHS", "Path", "attend", "obstacle_to_factoring"]
 
 Path = Literal["auto", "materialised", "chunked", "factored"]
 PATHS = get_args(Path)
 
 MATERIALISED_SCORES = 2**24  # 64 MB in float32; from there on the chunked path is no slower on two cores
 CHUNK_SCORES = 2**22  # held at a time by the chunked path
+CHUNK_ROWS = 64  # fewer queries at a time waste the multiplication, so rather fewer samples
 
 
 def attend(
@@ -41,8 +42,9 @@ def attend(
         dropout: probability of a weight to be set to 0, the others growing by 1 / (1 - dropout).
         path: "materialised" holds all B*h*N*M weights, and keeps as many numbers again for the backward pass.
             "chunked" goes through the queries in groups and computes their weights once more in the backward pass:
-            memory grows linearly with N. "factored", q (k^T v) instead of (q k^T) v, is linear in time as well; it
-            serves the dot score with normalize="mean", without position or dropout, and masks over keys alone.
+            memory grows linearly with N. It is not for `torch.func.grad`, which knows no checkpoints. "factored",
+            q (k^T v) instead of (q k^T) v, is linear in time as well; it serves the dot score with normalize="mean",
+            without position or dropout, and masks over keys alone.
             "auto" is factored where that serves, chunked from 17 million scores on (tanh features of the
             additive score), else materialised; `torch.export` gets no chunks, whose number would be fixed.
 
@@ -51,7 +53,7 @@ def attend(
     """
     if path not in PATHS:
         raise BlockError(f"path ({path!r}) must be one of {', '.join(PATHS)}")
-    obstacle = _obstacle_to_factoring(dropout, how)
+    obstacle = obstacle_to_factoring(dropout, how)
     if path == "factored" and obstacle:
         raise BlockError(f"path 'factored' cannot serve {obstacle}")
     if path == "factored" or (path == "auto" and not obstacle):
@@ -83,31 +85,39 @@ def _chunked(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: f
     b, heads, n, _ = query.shape
     check_lens(b, n, how.get("valid_lens"))
     check_mask((b, heads, n, key.shape[2]), how.get("mask"))
-    if n == 0:
+    if b == 0 or heads == 0 or n == 0:
         return _materialised(query, key, value, scale, dropout, how)
-    size = max(1, CHUNK_SCORES * n // max(_scores(query, key, how), 1))
+    a_row = max(1, _scores(query, key, how) // (b * n))  # of one sample
+    samples = max(1, CHUNK_SCORES // (a_row * min(n, CHUNK_ROWS)))
+    rows = max(1, CHUNK_SCORES // (a_row * min(samples, b)))
     how = dict(how)
     if how.get("position") is not None and how.get("index") is None:
         how["index"] = torch.arange(n, device=query.device)
     run = partial(checkpoint, _materialised, use_reentrant=False) if torch.is_grad_enabled() else _materialised
-    parts = [slice(start, start + size) for start in range(0, n, size)]
-    return torch.cat([run(query[:, :, p], key, value, scale, dropout, _rows(how, p)) for p in parts], dim=2)
+    done = []
+    for i in (slice(start, start + samples) for start in range(0, b, samples)):
+        parts = (slice(start, start + rows) for start in range(0, n, rows))
+        done.append(
+            torch.cat([run(query[i, :, j], key[i], value[i], scale, dropout, _part(how, i, j)) for j in parts], dim=2)
+        )
+    return torch.cat(done)
 
 
-def _rows(how: Mapping[str, Any], part: slice) -> dict[str, Any]:
-    """The arguments of `attention_weights` for a part of the queries."""
+def _part(how: Mapping[str, Any], samples: slice, rows: slice) -> dict[str, Any]:
+    """The arguments of `attention_weights` for a part of the samples and queries."""
     index, lens, mask = (how.get(name) for name in ("index", "valid_lens", "mask"))
     own = dict(how)
     if index is not None:
-        own["index"] = index[..., part]
-    if lens is not None and lens.dim() == 2:
-        own["valid_lens"] = lens[:, part]
-    if mask is not None and mask.shape[2] > 1:
-        own["mask"] = mask[:, :, part]
+        own["index"] = index[rows] if index.dim() == 1 else index[samples, rows]
+    if lens is not None:
+        own["valid_lens"] = lens[samples] if lens.dim() == 1 else lens[samples, rows]
+    if mask is not None:
+        mask = mask[samples] if mask.shape[0] > 1 else mask
+        own["mask"] = mask[:, :, rows] if mask.shape[2] > 1 else mask
     return own
 
 
-def _obstacle_to_factoring(dropout: float, how: Mapping[str, Any]) -> str | None:
+def obstacle_to_factoring(dropout: float, how: Mapping[str, Any]) -> str | None:
     """What keeps the sum over keys from being done before the queries come in; None if nothing does."""
     if how.get("score", "dot") != "dot" or how.get("normalize") != "mean":
         return f"score {how.get('score', 'dot')!r} with normalize {how.get('normalize', 'softmax')!r}"

@@ -6,7 +6,7 @@ from torch import Tensor
 from sagan_attn.errors import BlockError
 from sagan_attn.functional.attention import check_lens
 
-__all__ = ["causal_lens", "merge_features", "sequence_mask", "split_features"]
+__all__ = ["causal_lens", "merge_features", "sequence_mask", "sequence_of", "split_features"]
 
 
 def split_features(x: Tensor, heads: int) -> Tensor:
@@ -20,15 +20,24 @@ def merge_features(rows: Tensor) -> Tensor:
 
 
 def sequence_mask(mask: Tensor | None) -> Tensor | None:
-    """A mask over keys [B, M], or over queries and keys [B, N, M], in the four dimensions of `attention_weights`.
+    """A mask [B or 1, N or 1, M] over keys, or one for each head [B, h, N, M], in four dimensions; None for None.
 
-    None, and a mask of four dimensions, are returned as they are. Raises `BlockError` for other dimensions.
+    Raises `BlockError` for other dimensions: in two, [B, M] and [N, M] could not be told apart.
     """
-    if mask is None or mask.dim() == 4:
+    if mask is None or (isinstance(mask, Tensor) and mask.dim() == 4):
         return mask
-    if mask.dim() not in (2, 3):
-        raise BlockError(f"mask of shape {tuple(mask.shape)} must be of shape [B, M], [B, N, M] or [B, h, N, M]")
-    return mask[:, None, None] if mask.dim() == 2 else mask[:, None]
+    if not isinstance(mask, Tensor) or mask.dim() != 3:
+        found = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise BlockError(f"mask, {found}, must be a tensor of shape [B, 1, M], [1, N, M], [B, N, M] or [B, h, N, M]")
+    return mask[:, None]
+
+
+def sequence_of(x: Tensor, name: str, size: int, batch: int | None = None, length: int | None = None) -> Tensor:
+    """x itself. Raises `BlockError`, with its name, unless it is [B, N, size], with that batch and length if given."""
+    if x.dim() != 3 or x.shape[2] != size or batch not in (None, x.shape[0]) or length not in (None, x.shape[1]):
+        required = ["B" if batch is None else batch, "N" if length is None else length, size]
+        raise BlockError(f"{name} of shape {tuple(x.shape)} must be of shape [{', '.join(map(str, required))}]")
+    return x
 
 
 def causal_lens(x: Tensor, valid_lens: Tensor | None, causal: bool) -> Tensor | None:

@@ -81,6 +81,20 @@ def check_identity(block: nn.Module, channels: int, height: int, width: int, mus
             x = torch.randn(2, channels, height, width, dtype=torch.float32, device="cpu")
             y = copy.deepcopy(block).train(training)(x.clone())  # a clone, because a block may work in place
         _check_kept(block, x, y, must_be_identity)
+    if isinstance(block, Gated) and must_be_identity and any(True for _ in block.block.parameters()):
+        _check_reachable(block, x)
+
+
+def _check_reachable(block: Gated, x: torch.Tensor) -> None:
+    """Raise `GraftError` for a block that is the identity already: behind a gate of 0 nothing would ever learn."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(0)
+        inner = copy.deepcopy(block.block).train()
+        if torch.equal(inner(x.clone()), x):
+            raise GraftError(
+                f"block {_class(block)} starts as the identity by itself: behind a second gate of 0 neither would ever "
+                "get a gradient. Leave gate out"
+            )
 
 
 def _check_kept(block: nn.Module, x: torch.Tensor, y: Any, must_be_identity: bool) -> None:

@@ -104,6 +104,8 @@ def _requests(
         entries = [(at, block, gate, name, dict(options or {}))]
     requests = []
     for where, own_block, own_gate, own_name, own in entries:
+        if own_gate not in (None, True, False):
+            raise GraftError(f"gate ({own_gate!r}) must be True, False or None")
         check_block(own_block, own)
         graft_name = default_name(own_block) if own_name is None else own_name
         valid = isinstance(graft_name, str) and graft_name.isidentifier() and not keyword.iskeyword(graft_name)
@@ -161,7 +163,7 @@ def _insertion(
         seed=derive_seed(seed, request.site, request.name),
         gate=bool(request.gate),
     )
-    if not isinstance(request.block, str) or request.options:  # registered blocks as they are need no trial
+    if not isinstance(request.block, str) or request.options or request.gate:  # others are known to start as nothing
         _, height, width = (0, 2, 2) if isinstance(request.block, str) else maps.sizes[0]
         check_identity(block, maps.channels, height, width, must_be_identity=request.gate is not False)
     like = next((t for m in (anchor, model) for t in _tensors(m) if t.is_floating_point()), None)

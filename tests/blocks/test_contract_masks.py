@@ -89,13 +89,13 @@ def test_masks_that_do_not_fit(case: Case):
 def test_weights(case: Case):
     block, x, mask = case.opened(), torch.randn(3, 8, 5, 6), some_mask()
     pool = cores(block)[0].pool
-    shown = functional.key_mask(x, pool, mask)
+    shown = functional.key_mask(x, pool, mask, cores(block)[0].pool_ceil)
     for options, allowed in (({}, torch.ones_like(shown)), ({"mask": mask}, shown)):
         weights = block.attention_weights(x, **options)
         assert weights.shape == (3, *block.attention_shape(5, 6))
         assert weights.masked_select(~allowed).count_nonzero() == 0
         if case.softmax:
-            torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:3]))
+            torch.testing.assert_close(weights.sum(-1), allowed.any(-1).float().expand(weights.shape[:3]))
             assert (weights >= 0).all()
         chosen = torch.tensor([29, 0, 7, 7])
         torch.testing.assert_close(block.attention_weights(x, chosen, **options), weights[:, :, chosen])
@@ -108,8 +108,10 @@ def test_weights_of_a_window_count_its_visible_positions(case: Case):
     block = case.opened()
     pool = cores(block)[0].pool
     mask = some_mask()
+    height, width = (5, 6) if cores(block)[0].pool_ceil else (5 // pool * pool, 6 // pool * pool)
     windows = [
-        [mask[:, i : i + pool, j : j + pool].flatten(1).any(1) for j in range(0, 6, pool)] for i in range(0, 5, pool)
+        [mask[:, i : i + pool, j : j + pool].flatten(1).any(1) for j in range(0, width, pool)]
+        for i in range(0, height, pool)
     ]
     visible = torch.stack([torch.stack(row, -1) for row in windows], -2).flatten(1)  # [B, M]
     weights = block.attention_weights(torch.randn(3, 8, 5, 6), mask=mask)
@@ -124,8 +126,8 @@ def test_the_output_is_the_weighted_sum(case: Case):
     block, x, mask = case.opened().double(), torch.randn(3, 8, 5, 6, dtype=torch.float64), some_mask()
     for options in ({}, {"mask": mask}):
         for core in cores(block):
-            pooled_first = core.value(functional.pool_map(x, core.pool, options.get("mask")))
-            pooled_last = functional.pool_map(core.value(x), core.pool, options.get("mask"))
+            pooled_first = core.value(functional.pool_map(x, core.pool, options.get("mask"), core.pool_ceil))
+            pooled_last = functional.pool_map(core.value(x), core.pool, options.get("mask"), core.pool_ceil)
             value = (pooled_first if core.pool_first else pooled_last).flatten(2).unflatten(1, (core.heads, -1))
             branch = torch.einsum("bhnm,bhdm->bhdn", core.attention_weights(x, **options), value)
             branch = branch.flatten(1, 2).unflatten(2, (5, 6))

@@ -60,7 +60,7 @@ REFUSED = [
     ("score", "concat", r"score \('concat'\) must be 'dot' or 'additive'"),
     ("activation", "silu", r"activation \('silu'\) must be 'relu' or 'gelu'"),
     ("reduce", "sum", r"reduce \('sum'\) must be 'max' or 'mean'"),
-    ("scale", "root", r"scale \('root'\) must be a number, 'sqrt' or None"),
+    ("scale", "root", r"scale \('root'\) must be a number, 'sqrt'"),
     ("scale", True, r"scale \(True\) must be a number"),
     ("dropout", 1.0, r"dropout \(1.0\) must be a number of at least 0 and below 1"),
     ("dropout", 1.5, r"dropout \(1.5\) must be a number"),

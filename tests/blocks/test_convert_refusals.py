@@ -128,7 +128,7 @@ def test_a_left_singular_vector_alone():
         (sagan("_conv", extra=torch.ones(1)), "auto", "the nearest is 'sagan-conv'; unexpected: 'extra'$"),
         (sagan(key__bias=None), "sagan", "does not fit 'sagan'; missing: 'key.bias'$"),
         (sagan("_conv"), "timm-nonlocal", "missing: 't.weight', .*; unexpected: 'gamma', 'query_conv.weight'"),
-        ({}, "auto", "no source fits the state dict"),
+        ({}, "auto", "the state dict is empty"),
         (sagan(), "sagan_conv", r"unknown source 'sagan_conv'; did you mean sagan-conv .*\(all: sagan, sagan-conv, "),
         (sagan(), "keras", r"unknown source 'keras'; did you mean .*\(all: sagan, "),
         ({**sagan(), "note": "x"}, "auto", "'note' holds str, but a tensor is required"),
@@ -210,7 +210,7 @@ def test_a_gate_of_another_shape_is_not_folded():
 def test_like_another_module():
     ours = create_block("sagan", 16).state_dict()
     with pytest.raises(BlockError, match=r"^like: the state dict does not fit 'sagan-conv'; missing: 'query_conv"):
-        convert_back(ours, "sagan-conv", like={})
+        convert_back(ours, "sagan-conv", like=sagan())
     with pytest.raises(BlockError, match=r"which has no counterpart of 'query.bias', 'key.bias', 'value.bias'$"):
         convert_back(ours, "sagan-conv", like=sagan("_conv", bias=False))
     other = sagan("_conv", query_conv__weight=torch.ones(4, 16, 1, 1))

@@ -63,7 +63,7 @@ def by_lens(lens: Tensor) -> Tensor:
 # What our class is given, and torch's, whose boolean masks are True at keys to ignore.
 MASKS: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {
     "none": ({}, {}),
-    "of keys": ({"mask": PADDING}, {"key_padding_mask": ~PADDING}),
+    "of keys": ({"mask": PADDING[:, None]}, {"key_padding_mask": ~PADDING}),
     "of queries and keys": ({"mask": PAIRS.expand(B, N, M)}, {"attn_mask": ~PAIRS}),
     "of heads": ({"mask": EACH}, {"attn_mask": ~EACH.flatten(0, 1)}),
     "lengths": ({"valid_lens": LENS}, {"key_padding_mask": ~by_lens(LENS)[:, 0]}),
@@ -72,7 +72,7 @@ MASKS: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {
         {"attn_mask": ~by_lens(LENS_OF_QUERIES).repeat_interleave(2, 0)},
     ),
     "lengths and mask": (
-        {"valid_lens": LENS.new_tensor([4, 5, 6]), "mask": PADDING},
+        {"valid_lens": LENS.new_tensor([4, 5, 6]), "mask": PADDING[:, None]},
         {"key_padding_mask": ~(PADDING & by_lens(LENS.new_tensor([4, 5, 6]))[:, 0])},
     ),
 }
@@ -256,11 +256,28 @@ def test_masks_that_do_not_fit():
     block, x = MultiHeadAttention(4, 4, 4, 4, 2), torch.randn(2, 3, 4)
     with pytest.raises(BlockError, match=r"valid_lens of shape \(3,\) .* must be whole numbers of shape \(2,\)"):
         block(x, x, x, torch.tensor([1, 2, 3]))
-    with pytest.raises(BlockError, match=r"mask of shape \(3,\) must be of shape \[B, M\]"):
+    with pytest.raises(BlockError, match=r"mask, of shape \(3,\), must be a tensor of shape \[B, 1, M\]"):
         block(x, x, x, mask=torch.ones(3, dtype=torch.bool))
     with pytest.raises(BlockError, match=r"mask of shape \(2, 1, 1, 4\) .* broadcast to .* \(2, 2, 3, 3\)"):
-        block(x, x, x, mask=torch.ones(2, 4, dtype=torch.bool))
+        block(x, x, x, mask=torch.ones(2, 1, 4, dtype=torch.bool))
     with pytest.raises(BlockError, match=r"torch.float32 must be boolean"):
-        block(x, x, x, mask=torch.ones(2, 3))
-    with pytest.raises(BlockError, match=r"path 'factored' cannot serve score 'dot' with normalize 'softmax'"):
-        MultiHeadAttention(4, 4, 4, 4, 2, path="factored")(x, x, x)
+        block(x, x, x, mask=torch.ones(2, 1, 3))
+    with pytest.raises(BlockError, match=r"mask must be a boolean tensor|mask, a list, must be a tensor"):
+        block(x, x, x, mask=[[True]])
+    with pytest.raises(BlockError, match=r"valid_lens must be a tensor of whole numbers, not a list"):
+        block(x, x, x, [1, 2])
+    with pytest.raises(BlockError, match=r"path \('factored'\) must be 'auto', 'materialised' or 'chunked'"):
+        MultiHeadAttention(4, 4, 4, 4, 2, path="factored")
+
+
+def test_sequences_that_do_not_fit():
+    block = MultiHeadAttention(4, 5, 6, 8, 2)
+    queries, keys, values = torch.randn(2, 3, 4), torch.randn(2, 7, 5), torch.randn(2, 7, 6)
+    with pytest.raises(BlockError, match=r"queries of shape \(3, 4\) must be of shape \[B, N, 4\]"):
+        block(queries[0], keys, values)
+    with pytest.raises(BlockError, match=r"keys of shape \(1, 7, 5\) must be of shape \[2, N, 5\]"):
+        block(queries, keys[:1], values)
+    with pytest.raises(BlockError, match=r"values of shape \(2, 4, 6\) must be of shape \[2, 7, 6\]"):
+        block(queries, keys, values[:, :4])
+    with pytest.raises(BlockError, match=r"keys of shape \(2, 7, 6\) must be of shape \[2, N, 5\]"):
+        block.attention_weights(queries, values)

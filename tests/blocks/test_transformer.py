@@ -78,8 +78,11 @@ SELF: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"valid_lens": torch.tensor([2, 1, 5, 3, 4]).expand(B, -1), "causal": True},
         {"mask": ~(CAUSAL & (torch.arange(N) < torch.tensor([2, 1, 5, 3, 4])[:, None]))},
     ),
-    "mask": ({"mask": ~beyond(LENS, N)}, {"key_padding": beyond(LENS, N)}),
-    "mask, causal": ({"mask": ~beyond(LENS, N), "causal": True}, {"mask": ~CAUSAL, "key_padding": beyond(LENS, N)}),
+    "mask": ({"mask": ~beyond(LENS, N)[:, None]}, {"key_padding": beyond(LENS, N)}),
+    "mask, causal": (
+        {"mask": ~beyond(LENS, N)[:, None], "causal": True},
+        {"mask": ~CAUSAL, "key_padding": beyond(LENS, N)},
+    ),
 }
 
 
@@ -112,7 +115,7 @@ def test_decoder_layer(style: dict[str, Any], masked: str, training: bool):
     own, other = SELF[masked]
     memory = {"memory_key_padding_mask": beyond(MEMORY_LENS, M)} if masked != "none" else {}
     if masked.startswith("mask"):
-        own = {**own, "memory_mask": ~beyond(MEMORY_LENS, M)}
+        own = {**own, "memory_mask": ~beyond(MEMORY_LENS, M)[:, None]}
     elif masked != "none":
         own = {**own, "memory_valid_lens": MEMORY_LENS}
     check(ours, theirs, [sequence(B, N, C), sequence(B, M, C)], own, for_decoder(other) | memory)

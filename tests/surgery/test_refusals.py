@@ -8,6 +8,7 @@ import timm
 import torch
 import torchvision
 from hosts import HOSTS, Residual, Tiny, assert_unchanged, snapshot
+from timm.layers.non_local_attn import NonLocalAttn
 from torch import nn
 
 from sagan_attn import SaganAttnError, graft, sites, ungraft
@@ -65,6 +66,12 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         {"at": "top", "options": {"reduction": 32}},
         r"reduction \(32\) leaves 0 channels of in_channels \(16\)",
     ),
+    "gate on gate": (
+        {"at": "top", "block": "sagan", "gate": True},
+        "SelfAttention2d starts as the identity by itself: behind a second gate of 0 neither would ever get a gradient",
+    ),
+    "gate on a norm of 0": ({"at": "top", "block": NonLocalAttn, "gate": True}, "NonLocalAttn starts as the identity"),
+    "a word as gate": ({"at": "top", "gate": "yes"}, r"gate \('yes'\) must be True, False or None"),
     "not the identity": ({"at": "top", "block": Scale}, "Scale does not start as the identity.*Pass gate=True"),
     "identity in eval mode only": ({"at": "top", "block": lambda c: nn.Dropout()}, "Dropout does not start as the id"),
     "other shape": ({"at": "top", "block": lambda c: nn.Conv2d(c, 3, 1), "gate": False}, "does not keep the shape"),

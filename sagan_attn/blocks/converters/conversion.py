@@ -100,9 +100,11 @@ def convert(state_dict: Mapping[str, Tensor], source: str = "auto", *, prefix: s
       iteration from the left one gives both. Evaluation is the same; in training such codes and torch's
       `torch.nn.utils.spectral_norm` improve the vectors in another order than ours, and the estimates, not the
       singular value they go to, differ. torch's parametrization is the same in training too.
-    - "timm-bottleneck" is an attention without a residual; as a block it is given gamma 1.
+    - "timm-bottleneck" is an attention without a residual; as a block it is given gamma 1. As many values as input
+      channels are assumed: a layer with another dim_out is refused where its tables show it, else misread.
+    - Criss-cross attention, which is another function, has the keys and shapes of "sagan-conv".
     - "nonlocal-mmcv" with a norm has no bias before it; ours is 0.
-    - A last norm of a stack has a place in ours where norms come first.
+    - A last norm of a stack has a place in ours where norms come first, and with final_norm=True.
 
     Args:
         state_dict: keys and tensors of the other module, all of them and no others.
@@ -189,6 +191,8 @@ def _tensors(state_dict: Mapping[str, Tensor], prefix: str = "") -> dict[str, Te
     chosen = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
     if prefix and not chosen:
         raise BlockError(f"no key starts with the prefix {prefix!r}; there are {_listed(state_dict)}")
+    if not chosen:
+        raise BlockError("the state dict is empty")
     for key, value in chosen.items():
         if not isinstance(value, Tensor):
             raise BlockError(f"{prefix + key!r} holds {type(value).__name__}, but a tensor is required")
