@@ -44,7 +44,9 @@ def pool_map(x: Tensor, size: int, mask: Tensor | None = None, ceil: bool = True
 
 
 def _hangs_over(x: Tensor, size: int, ceil: bool) -> bool:
-    return ceil or x.shape[2] < size or x.shape[3] < size
+    if ceil or x.shape[2] < size or x.shape[3] < size:  # a branch, because max_pool2d takes no symbolic bool
+        return True
+    return False
 
 
 def key_mask(x: Tensor, size: int, mask: Tensor | None, ceil: bool = True) -> Tensor | None:
