@@ -44,7 +44,7 @@ def pool_map(x: Tensor, size: int, mask: Tensor | None = None, ceil: bool = True
 
 
 def _hangs_over(x: Tensor, size: int, ceil: bool) -> bool:
-    if ceil or x.shape[2] < size or x.shape[3] < size:  # a branch, because max_pool2d takes no symbolic bool
+    if ceil or x.shape[2] < size or x.shape[3] < size:  # noqa: SIM103 - max_pool2d takes no symbolic bool
         return True
     return False
 
