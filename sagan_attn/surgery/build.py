@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 import keyword
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,8 +13,9 @@ from torch import nn
 from sagan_attn.blocks.gate import Gated
 from sagan_attn.blocks.registry import check_options, create_block, get_form
 from sagan_attn.errors import BlockError, GraftError
+from sagan_attn.surgery.point import Spec
 
-__all__ = ["BlockLike", "build_block", "check_identity", "default_name"]
+__all__ = ["BlockLike", "build_block", "check_identity", "default_name", "spec_of"]
 
 BlockLike = str | Callable[..., nn.Module]
 
@@ -50,6 +52,38 @@ def build_block(
         if not isinstance(module, nn.Module):
             raise BlockError(f"block factory {block!r} made a {type(module).__name__}, not a torch.nn.Module")
         return Gated(module) if gate else module
+
+
+def spec_of(block: BlockLike, options: Mapping[str, Any], *, gate: bool, channels: int) -> Spec:
+    """How that block is made, in words. Options that JSON has no words for are named and left out."""
+    written, unwritable = {}, []
+    for option, value in options.items():
+        try:
+            text = json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            unwritable.append((option, _no_json(str(error))))
+            continue
+        if json.loads(text) == _tuples_as_lists(value):
+            written[option] = json.loads(text)
+        else:  # keys of a dictionary that are no strings
+            unwritable.append((option, _no_json(f"{value!r:.100} would come back as {text:.100}")))
+    registered = block if isinstance(block, str) else None
+    made_by = "" if registered else _qualified(block if hasattr(block, "__qualname__") else type(block))
+    return Spec(registered, made_by, json.dumps(written), tuple(unwritable), gate, channels)
+
+
+def _no_json(why: str) -> str:
+    return f"JSON has no words for it ({why}). Bind it in a factory, as functools.partial does, and graft that"
+
+
+def _qualified(maker: Any) -> str:
+    return f"{getattr(maker, '__module__', '?')}.{maker.__qualname__}"
+
+
+def _tuples_as_lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _tuples_as_lists(inner) for key, inner in value.items()}
+    return [_tuples_as_lists(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def derive_seed(seed: int, *words: str) -> int:

@@ -10,6 +10,7 @@ from torch import nn
 from sagan_attn.errors import GraftError
 from sagan_attn.surgery import point as points_
 from sagan_attn.surgery.groups import graft_groups, is_gamma
+from sagan_attn.surgery.undo import all_or_nothing
 
 __all__ = ["Graft", "Grafts"]
 
@@ -115,5 +116,6 @@ class Grafts(Sequence[Graft]):
         """
         for graft in self:
             _ = graft.point
-        for graft in self:
-            points_.remove(graft.anchor, graft.name)
+        with all_or_nothing(graft.anchor for graft in self):
+            for graft in self:
+                points_.remove(graft.anchor, graft.name)

@@ -1,12 +1,10 @@
 """Whether a module can take a graft at all, whatever its maps are."""
 
-import sys
-
-import torch
 from torch import nn
 
 from sagan_attn.errors import GraftError
 from sagan_attn.surgery.point import CHILD, GraftPoint
+from sagan_attn.surgery.probe import is_compiled
 
 __all__ = ["check_anchor", "check_open"]
 
@@ -16,7 +14,7 @@ def check_anchor(model: nn.Module, name: str) -> None:
     anchor = model.get_submodule(name)
     if hasattr(anchor, CHILD) and not isinstance(anchor._modules.get(CHILD), GraftPoint):
         raise GraftError(f"module {name!r} has an attribute {CHILD!r} of its own, the name grafts are kept under")
-    if isinstance(anchor, (nn.ModuleDict, nn.ModuleList)):
+    if _may_collect(anchor):
         raise GraftError(
             f"module {name!r} is a {type(anchor).__name__}, a container that may call each of its children, a graft "
             "too, and collect what they put out; choose the module that contains it or the one after it"
@@ -26,20 +24,23 @@ def check_anchor(model: nn.Module, name: str) -> None:
         check_open(model, ".".join(parts[:length]))
 
 
+def _may_collect(module: nn.Module) -> bool:
+    """Whether the module may go through its children and do something else than hand on what each puts out."""
+    if isinstance(module, nn.Sequential):
+        forward = type(module).forward
+        code = getattr(forward, "__code__", None)
+        has_super = code is not None and "__class__" in code.co_freevars  # then they run one after the other
+        return forward is not nn.Sequential.forward and not has_super
+    return isinstance(module, (nn.ModuleDict, nn.ModuleList))
+
+
 def check_open(model: nn.Module, name: str) -> None:
     """Raise `GraftError` if the module of that name, "" for the model, is compiled or wrapped."""
     module = model.get_submodule(name)
-    if _is_compiled(module):
+    if is_compiled(module):
         raise GraftError(f"{name or 'the model'!r} is compiled and would ignore a graft: graft first, then compile")
     if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise GraftError(
             f"{name or 'the model'!r} is wrapped in {type(module).__name__}, which would not train a graft: graft "
             "first, then wrap"
         )
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    if module._compiled_call_impl is not None or isinstance(module, torch.jit.ScriptModule):
-        return True
-    dynamo = sys.modules.get("torch._dynamo")  # not imported: nothing can be compiled, and importing it is slow
-    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)

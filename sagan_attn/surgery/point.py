@@ -7,13 +7,35 @@ both are copied, pickled, compiled and exported like anything else. The child's 
 some containers call each of their children in turn.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["CHILD", "GraftPoint", "points", "run_grafts"]
+__all__ = ["CHILD", "GraftPoint", "Spec", "points", "run_grafts"]
 
 CHILD = "grafts"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How a block was made, in words alone, so that it is copied and pickled with any block.
+
+    Args:
+        block: registered name; None for a block of a class or factory, which has none.
+        made_by: qualified name of the class or factory, "" for a registered block.
+        options: JSON object.
+        unwritable: options that a file cannot hold, by name, and why.
+        gate: whether the block is wrapped in `Gated`.
+        channels: of the maps it was made for.
+    """
+
+    block: str | None
+    made_by: str
+    options: str
+    unwritable: tuple[tuple[str, str], ...]
+    gate: bool
+    channels: int
 
 
 class GraftPoint(nn.Module):
@@ -27,6 +49,7 @@ class GraftPoint(nn.Module):
         super().__init__()
         self.layout = layout
         self.sites: dict[str, str] = {}  # block name -> the site as it was asked for
+        self.specs: dict[str, Spec] = {}  # block name -> how it was made
         self.off: tuple[str, ...] = ()  # names of disabled blocks, once for each `disabled()` they are in
 
     def forward(self, x: Any) -> Any:
@@ -53,6 +76,9 @@ class GraftPoint(nn.Module):
         # A copy made inside `disabled()` would have no block that could ever enable it again.
         return {**self.__dict__, "off": ()}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "specs": state.get("specs", {})})  # 0.1.0 pickled points without
+
 
 def run_grafts(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     """Forward hook: the output of `module`, passed through the blocks grafted to it."""
@@ -69,7 +95,7 @@ def points(model: nn.Module) -> dict[str, tuple[nn.Module, GraftPoint]]:
     return found
 
 
-def insert(anchor: nn.Module, layout: str, name: str, site: str, block: nn.Module) -> None:
+def insert(anchor: nn.Module, layout: str, name: str, site: str, block: nn.Module, spec: Spec | None = None) -> None:
     """Put a block at an anchor, making the point and its hook if this is the first."""
     point = anchor._modules.get(CHILD)
     if not isinstance(point, GraftPoint):
@@ -79,12 +105,15 @@ def insert(anchor: nn.Module, layout: str, name: str, site: str, block: nn.Modul
         anchor.register_forward_hook(run_grafts)
     point.add_module(name, block)
     point.sites[name] = site
+    if spec is not None:
+        point.specs[name] = spec
 
 
 def remove(anchor: nn.Module, name: str) -> None:
     """Take a block from an anchor; with the last one the point and its hook go too."""
     point: GraftPoint = anchor._modules[CHILD]  # type: ignore[assignment]
     del point._modules[name], point.sites[name]
+    point.specs.pop(name, None)
     point.off = tuple(other for other in point.off if other != name)
     if not point._modules:
         del anchor._modules[CHILD]

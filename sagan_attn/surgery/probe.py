@@ -1,5 +1,7 @@
 """What really happens in a forward pass: which modules fire, and what maps they put out."""
 
+import itertools
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,15 +13,30 @@ from torch.utils import _pytree as pytree
 
 from sagan_attn.errors import GraftError
 
-__all__ = ["Firing", "default_example", "probe", "quiet"]
+__all__ = ["Firing", "default_example", "is_compiled", "map_size", "probe", "quiet"]
+
+Log = list[tuple[type[nn.Module], tuple[int, ...]]]
 
 
 @dataclass
 class Firing:
-    """The outputs of one module over a forward pass: their shapes, or what they are when they are no float tensor."""
+    """What one module does over a forward pass.
+
+    Args:
+        shapes: of its outputs.
+        others: what the outputs are that are no float tensor.
+        taken: shapes of the first tensor of 4 dimensions in its inputs, of the calls that have one.
+        done: how many calls of other modules were done before its last call was.
+        log: class and shape of each map of 4 dimensions that any module of the model put out, in order.
+        ends: length of the log right after each of `shapes`.
+    """
 
     shapes: list[tuple[int, ...]] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
+    taken: list[tuple[int, ...]] = field(default_factory=list)
+    done: int = -1
+    log: Log = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
 
     @property
     def calls(self) -> int:
@@ -27,7 +44,7 @@ class Firing:
 
 
 def probe(model: nn.Module, example_input: Any, modules: Mapping[str, nn.Module]) -> dict[str, Firing]:
-    """Run the model once and record what each of `modules` puts out.
+    """Run the model once and record what each of `modules` takes and puts out, and in which order.
 
     The pass is in eval mode, without gradients and with the random state put back, so batch-norm statistics, modes
     and generators are as before. A tuple is passed as positional arguments, a dict as keyword arguments, anything
@@ -36,9 +53,17 @@ def probe(model: nn.Module, example_input: Any, modules: Mapping[str, nn.Module]
     Raises whatever the model raises on that input, with a note that says so.
     """
     example_input = _like_parameters(model, example_input)
-    firings = {name: Firing() for name in modules}
-    handles = [module.register_forward_hook(_recorder(firings[name])) for name, module in modules.items()]
+    log: Log = []
+    firings = {name: Firing(log=log) for name in modules}
+    order = itertools.count()
+    handles = []
     try:
+        for module in model.modules():
+            if not is_compiled(module):
+                handles.append(module.register_forward_hook(_logger(log)))
+        for name, module in modules.items():
+            if not isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+                handles.append(module.register_forward_hook(_recorder(firings[name], order), with_kwargs=True))
         with quiet(model):
             if isinstance(example_input, tuple):
                 model(*example_input)
@@ -92,10 +117,30 @@ def map_size(example_input: Any) -> tuple[int, int] | None:
     return None
 
 
-def _recorder(firing: Firing) -> Any:
-    def record(module: nn.Module, args: Any, output: Any) -> None:
+def is_compiled(module: nn.Module) -> bool:
+    """Whether the module runs compiled or scripted code, which ignores hooks added later."""
+    if module._compiled_call_impl is not None or isinstance(module, torch.jit.ScriptModule):
+        return True
+    dynamo = sys.modules.get("torch._dynamo")  # not imported: nothing can be compiled, and importing it is slow
+    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+
+
+def _logger(log: Log) -> Any:
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.is_floating_point() and output.dim() == 4:
+            log.append((type(module), tuple(output.shape)))
+
+    return note
+
+
+def _recorder(firing: Firing, order: Iterator[int]) -> Any:
+    def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        firing.done = next(order)
+        maps = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim() == 4)
+        firing.taken += [tuple(leaf.shape) for leaf in itertools.islice(maps, 1)]
         if isinstance(output, Tensor) and output.is_floating_point():
             firing.shapes.append(tuple(output.shape))
+            firing.ends.append(len(firing.log))
         elif isinstance(output, Tensor):
             firing.others.append(f"a tensor of {output.dtype}")
         else:

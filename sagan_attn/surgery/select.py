@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -10,9 +10,10 @@ from torch import nn
 from sagan_attn.errors import GraftError
 from sagan_attn.surgery.point import GraftPoint
 
-__all__ = ["At", "anchor_of", "host_names", "select"]
+__all__ = ["At", "anchor_of", "host_names", "is_plain_sequential", "select"]
 
 At = str | re.Pattern[str] | Sequence["str | re.Pattern[str]"]
+MEANINGS = ("stage:", "stride:", "resolution:")
 
 
 def host_names(model: nn.Module) -> list[str]:
@@ -27,20 +28,23 @@ def host_names(model: nn.Module) -> list[str]:
     return names
 
 
-def select(model: nn.Module, at: At) -> list[str]:
+def select(model: nn.Module, at: At, where: Callable[[str], str] | None = None) -> list[str]:
     """The module names that `at` means, in the order of the model for patterns and of the list for lists.
 
     A plain name is that module alone. In a glob (`*`, `?`, `[...]`) no part crosses a dot: "layer*.0" is the first
-    child of each layer; `**` stands for any number of parts. A compiled regex must match the whole name.
+    child of each layer; `**` stands for any number of parts. A compiled regex must match the whole name. What begins
+    with "stage:", "stride:" or "resolution:" and is no module's name goes to `where`, if there is one.
 
     Raises:
-        GraftError: nothing matched; the message lists near names.
+        GraftError: nothing matched; the message lists near names. Or what `where` raises.
     """
     if isinstance(at, Sequence) and not isinstance(at, str):
         if not at:
             raise GraftError("at is an empty list: name at least one module")
-        return list(dict.fromkeys(name for part in at for name in select(model, part)))
+        return list(dict.fromkeys(name for part in at for name in select(model, part, where)))
     names = host_names(model)
+    if where is not None and isinstance(at, str) and at.startswith(MEANINGS) and at not in names:
+        return [where(at)]
     if isinstance(at, re.Pattern):
         found = [name for name in names if at.fullmatch(name)]
         shown = f"regex {at.pattern!r}"
@@ -66,13 +70,18 @@ def anchor_of(model: nn.Module, name: str) -> tuple[str, nn.Module]:
     hook on the Sequential itself would be skipped. Its last child puts out what it puts out.
     """
     module = model.get_submodule(name)
-    while type(module).forward is nn.Sequential.forward:
+    while is_plain_sequential(module):
         inner = [(n, m) for n, m in module.named_children() if not isinstance(m, GraftPoint)]
         if not inner:
             break
         last, module = inner[-1]
         name = f"{name}.{last}" if name else last
     return name, module
+
+
+def is_plain_sequential(module: nn.Module) -> bool:
+    """Whether the module does nothing but call its children one after the other."""
+    return type(module).forward is nn.Sequential.forward
 
 
 def _matches(name: list[str], pattern: list[str]) -> bool:

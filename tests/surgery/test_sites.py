@@ -22,7 +22,8 @@ def test_numbers_by_hand():
     b, c, n, d = 2, 16, 8 * 12, 2
     parameters = 2 * (c * d + d) + (c * c + c) + 1
     flops = 2 * b * n * c * (d + d + c) + 2 * b * n * n * (d + c)
-    assert site == Site("top", 16, 8, 12, "NCHW", 1, parameters, flops, 4 * b * n * n)
+    assert site == Site("top", 16, 8, 12, "NCHW", 1, parameters, flops, 4 * b * n * n, site.flops_share)
+    assert site.positions == n
     for part in ("top", "16 x 8 x 12", "NCHW", f"+{parameters:,} parameters", "MFLOPs", "weights 0.07 MB"):
         assert part in str(site)
 
@@ -133,3 +134,79 @@ def test_without_example_input():
     assert named(sites(Tiny()))["top"].height == 56
     with pytest.raises(GraftError, match="no input size can be worked out"):
         sites(nn.Sequential(nn.ReLU()))
+
+
+def test_share_of_the_hosts_flops_by_hand():
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3, 2, 1)
+            self.fc = nn.Linear(8, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(self.conv(x).mean((2, 3)))
+
+    (site,) = sites(Two(), torch.zeros(2, 3, 8, 12))
+    n = 4 * 6
+    host = 2 * 2 * n * 8 * 27 + 2 * 2 * 8 * 5
+    block = 2 * 2 * n * 8 * (1 + 1 + 8) + 2 * 2 * n * n * (1 + 8)
+    assert site.flops == block
+    assert site.flops_share == block / host
+    assert site.positions == n
+    assert f"({block / host:.1%})" in str(site)
+
+
+def test_a_host_without_flops():
+    (site,) = sites(nn.Sequential(nn.ReLU()), IMAGE)
+    assert site.flops_share == float("inf")
+
+
+def test_sorting():
+    model = HOSTS["tiny"].build()
+    found = sites(model, IMAGE)
+    assert sites(model, IMAGE, sort_by="name") == found
+    for key in ("flops", "parameters", "map_bytes", "positions", "flops_share"):
+        ordered = sites(model, IMAGE, sort_by=key)
+        assert ordered == sorted(found, key=lambda site: getattr(site, key))
+        assert ordered != found
+    assert sites(model, IMAGE, sort_by="resolution") == sites(model, IMAGE, sort_by="positions")
+    free = sites(model, IMAGE, block="context-max")
+    assert sites(model, IMAGE, block="context-max", sort_by="map_bytes") == free
+    with pytest.raises(GraftError, match=r"sort_by \('cost'\) must be one of name, flops, parameters"):
+        sites(model, IMAGE, sort_by="cost")
+
+
+def test_budgets():
+    model = HOSTS["tiny"].build()
+    found = sites(model, IMAGE)
+    top = named(found)["top"]
+    kept = sites(model, IMAGE, max_map_bytes=top.map_bytes)
+    assert kept == [site for site in found if site.map_bytes <= top.map_bytes]
+    assert 0 < len(kept) < len(found)
+    kept = sites(model, IMAGE, max_flops_share=top.flops_share)
+    assert kept == [site for site in found if site.flops_share <= top.flops_share]
+    assert 0 < len(kept) < len(found)
+    assert sites(model, IMAGE, max_map_bytes=1) == []
+    assert sites(model, IMAGE, block="context-max", max_map_bytes=1) != []
+    for limit in (0, -1.0, float("nan"), "5%", True):
+        with pytest.raises(GraftError, match=r"max_flops_share \(.*\) must be a number above 0"):
+            sites(model, IMAGE, max_flops_share=limit)
+
+
+def test_graft_within_a_budget():
+    model = HOSTS["tiny"].build()
+    before = snapshot(model)
+    stage, top = (named(sites(model, IMAGE))[name] for name in ("stage", "top"))
+    with pytest.raises(GraftError, match=r"block 'sagan' at 'stage' costs .* MFLOPs, .* of the model's: more than max"):
+        graft(model, ["top", "stage"], example_input=IMAGE, max_flops_share=top.flops_share)
+    message = rf"block 'sagan' at 'stage' costs {stage.map_bytes:,} bytes of attention weights: more than max_map_bytes"
+    with pytest.raises(GraftError, match=message):
+        graft(model, "stage", example_input=IMAGE, max_map_bytes=stage.map_bytes - 1)
+    with pytest.raises(GraftError, match=r"max_map_bytes \(0\) must be a number above 0"):
+        graft(model, "stage", example_input=IMAGE, max_map_bytes=0)
+    with pytest.raises(BlockError, match=r"heads \(3\) must divide"):
+        graft(model, "top", example_input=IMAGE, options={"heads": 3}, max_map_bytes=1)
+    with pytest.raises(GraftError, match="costs"):
+        graft(model, "stage", max_map_bytes=1)
+    assert_unchanged(model, before)
+    graft(model, "stage", example_input=IMAGE, max_flops_share=stage.flops_share, max_map_bytes=stage.map_bytes)

@@ -1,0 +1,54 @@
+"""The command line `python -m sagan_attn <command>`, also installed as `sagan-attn`."""
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from sagan_attn.errors import ConfigError, SaganAttnError
+
+__all__ = ["COMMANDS", "main"]
+
+# Each is a module of sagan_attn.commands, imported when it is asked for.
+COMMANDS = {"sites": "where a block can go in a model, and what it would cost there"}
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit code: 0, or 2 with one line on stderr for what is refused.
+
+    `--help` raises `SystemExit(0)`.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = Parser(prog="sagan-attn", description="Self-attention for CNNs you already have.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="<command>")
+    for name, description in COMMANDS.items():
+        command = commands.add_parser(name, help=description, description=description)
+        if name in arguments:
+            module = importlib.import_module(f"sagan_attn.commands.{name}")
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    try:
+        options = parser.parse_args(arguments)
+        code = options.run(options)
+        sys.stdout.flush()
+        return code
+    except SaganAttnError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 128 + signal.SIGPIPE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
