@@ -58,7 +58,9 @@ def attend(
         raise BlockError(f"path 'factored' cannot serve {obstacle}")
     if path == "factored" or (path == "auto" and not obstacle):
         return _factored(query, key, value, scale, **how)
-    large = path == "auto" and _scores(query, key, how) >= MATERIALISED_SCORES and not torch.compiler.is_exporting()
+    large = path == "auto" and _scores(query, key, how) >= MATERIALISED_SCORES
+    if torch.compiler.is_exporting() or query.is_meta:  # no fixed number of chunks there, and no memory to save here
+        large = False
     if path == "chunked" or large:
         return _chunked(query, key, value, scale, dropout, how)
     return _materialised(query, key, value, scale, dropout, how)

@@ -81,7 +81,7 @@ def anchor_of(model: nn.Module, name: str) -> tuple[str, nn.Module]:
 
 def is_plain_sequential(module: nn.Module) -> bool:
     """Whether the module does nothing but call its children one after the other."""
-    return type(module).forward is nn.Sequential.forward
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
 def _matches(name: list[str], pattern: list[str]) -> bool:

@@ -210,3 +210,14 @@ def test_graft_within_a_budget():
         graft(model, "stage", max_map_bytes=1)
     assert_unchanged(model, before)
     graft(model, "stage", example_input=IMAGE, max_flops_share=stage.flops_share, max_map_bytes=stage.map_bytes)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated")
+def test_scripted_children_are_passed_over():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), torch.jit.trace(nn.Conv2d(8, 8, 1), torch.zeros(1, 8, 4, 4)))
+    assert [site.name for site in sites(model, torch.zeros(1, 3, 8, 8))] == ["0"]
+
+
+def test_large_maps_are_costed_at_once():
+    (site,) = sites(nn.Sequential(nn.Conv2d(3, 8, 1)), torch.zeros(1, 3, 256, 256), options={"path": "auto"})
+    assert site.map_bytes == 4 * 65536**2
