@@ -154,7 +154,8 @@ def traced(on_call: Callable[[Call], None]):
         if caller is not None and caller.f_code.co_filename in files:
             name, place = frame.f_code.co_name, (caller.f_code.co_filename, caller.f_lineno)
             generator = frame.f_code.co_flags & inspect.CO_GENERATOR  # called again at each step, and to be closed
-            if place not in cleanup and name != "__exit__" and not generator:
+            collected = "_dynamo" in frame.f_code.co_filename  # its weak references die at any time
+            if place not in cleanup and name != "__exit__" and not generator and not collected:
                 on_call((*place, name))
 
     old = sys.gettrace()
@@ -203,6 +204,10 @@ def fail_everywhere(make: Callable, act: Callable, every: bool = True) -> int:
     return done
 
 
+WEAK = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a failure in a finaliser
+
+
+@WEAK
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("grafted", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_failure_at_any_step_of_graft_changes_nothing(grafted: bool, every: bool):
@@ -213,6 +218,7 @@ def test_a_failure_at_any_step_of_graft_changes_nothing(grafted: bool, every: bo
     assert fail_everywhere(make, lambda model: graft(model, at, example_input=IMAGE, name="new"), every) > 60
 
 
+@WEAK
 @pytest.mark.parametrize("names", [None, ["stage", "multihead"]])
 def test_a_failure_at_any_step_of_ungraft_changes_nothing(names):
     assert fail_everywhere(three_grafts, lambda model: ungraft(model, names)) > 10
