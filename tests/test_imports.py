@@ -60,7 +60,7 @@ def test_arrows(path: Path):
 
 def test_the_arrows_are_seen():
     assert "torch.nn" in imported(ROOT / "surgery" / "point.py")
-    assert "torch.utils.flop_counter.FlopCounterMode" in imported(ROOT / "surgery" / "cost.py")  # a lazy one
+    assert "torch.utils.flop_counter" in imported(ROOT / "surgery" / "cost.py")  # a lazy one
     assert {layer_of(path) for path in FILES} >= {"errors", "functional", "blocks", "surgery"}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sagan_attn.errors import BlockError, GraftError
 from sagan_attn.surgery.build import BlockLike, build_block
@@ -64,33 +65,56 @@ def cost_of(
     block: BlockLike, channels: int, sizes: Sequence[tuple[int, int, int]], options: Mapping[str, Any]
 ) -> Cost | BlockError:
     """What a block costs on maps of those batches, heights and widths; what it says if it refuses the channels."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     try:
         module = build_block(block, channels, options, seed=0, device=torch.device("meta"))
     except BlockError as error:
         return error
-    with quiet(module), FlopCounterMode(display=False) as counter:
+    with quiet(module), _FlopCount() as count:
         for batch, height, width in sizes:
             module(torch.empty(batch, channels, height, width, device="meta"))
     shape_of: Callable[[int, int], Sequence[int]] | None = getattr(module, "attention_shape", None)
     map_bytes = None
     if shape_of is not None:
         map_bytes = max(4 * batch * math.prod(shape_of(h, w)) for batch, h, w in sizes)
-    return Cost(sum(p.numel() for p in module.parameters()), counter.get_total_flops(), map_bytes)
+    return Cost(sum(p.numel() for p in module.parameters()), count.total, map_bytes)
 
 
 def probe_flops(
     model: nn.Module, example_input: Any, modules: Mapping[str, nn.Module]
 ) -> tuple[dict[str, Firing], int]:
     """`probe`, and the FLOPs of that forward pass; a multiply-add counts as 2."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter:
+    with _FlopCount() as count:
         firings = probe(model, example_input, modules)
-    return firings, counter.get_total_flops()
+    return firings, count.total
 
 
 def flops_share(cost: Cost, host_flops: int) -> float:
     """FLOPs of a block over those of its host; infinite for a host without any."""
     return cost.flops / host_flops if host_flops else math.inf
+
+
+class _FlopCount(TorchDispatchMode):
+    """FLOPs by torch's formulas, operator by operator, while it is active: `total`.
+
+    torch's own `FlopCounterMode` follows the modules as well, and fails on an expanded parameter among their inputs
+    (timm's pit); with torch 2.8 it leaves out attention on the CPU.
+    """
+
+    def __init__(self) -> None:
+        from torch.utils import flop_counter  # imports Triton where there is one, which is slow
+
+        super().__init__()
+        self.total = 0
+        self._formulas: dict[Any, Callable[..., int]] = {
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_counter.sdpa_flop,
+            **flop_counter.flop_registry,
+        }
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        formula = self._formulas.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=output)
+        return output

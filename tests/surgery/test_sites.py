@@ -6,10 +6,12 @@ import pytest
 import torch
 from hosts import HOSTS, WIDE_HOSTS, Tiny, assert_unchanged, rng_states, snapshot
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from sagan_attn import Site, graft, sites
 from sagan_attn.errors import BlockError, GraftError
 
+ANY = {**HOSTS, **WIDE_HOSTS}
 IMAGE = torch.zeros(2, 3, 32, 48)
 
 
@@ -43,6 +45,33 @@ def test_block_without_weights():
     assert site.parameters == (16 * 16 + 16) + (16 * 2 + 2) + 2 * 16 + 1
     assert site.flops == 2 * 2 * 96 * (16 * 16 + 2 * 16 * 2)
     assert "weights" not in str(site)
+
+
+@pytest.mark.parametrize("name", ["timm-resnet18", "swin"])
+def test_flops_of_a_host_are_those_of_torchs_counter(name: str):
+    model, images = ANY[name].build(), ANY[name].images()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(images)
+    site = sites(model, images)[0]
+    assert round(site.flops / site.flops_share) == counter.get_total_flops()
+
+
+class Expanding(nn.Module):
+    """Hands on an expanded parameter, which torch's own counter cannot follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.ones(1, 8, 1, 1))
+        self.conv = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(self.token.expand(len(x), -1, 4, 4))
+
+
+def test_a_module_that_takes_an_expanded_parameter():
+    (site,) = sites(Expanding(), torch.zeros(2, 3, 8, 8), block="context-mean")
+    assert site.name == "conv"
+    assert round(site.flops / site.flops_share) == 2 * 2 * 16 * 8 * 8
 
 
 class Heads(nn.Module):
