@@ -1,5 +1,7 @@
 """Add self-attention to a CNN you already have, without changing what it knows."""
 
+from typing import TYPE_CHECKING
+
 from sagan_attn.blocks import SelfAttention2d
 from sagan_attn.errors import SaganAttnError
 from sagan_attn.surgery import (
@@ -21,10 +23,24 @@ from sagan_attn.surgery import (
     ungraft,
 )
 
+if TYPE_CHECKING:
+    from sagan_attn.surgery.hub import HubGrafts
+else:  # hidden from type checkers, which would take any name for one of this module
+
+    def __getattr__(name: str) -> object:
+        """`HubGrafts` when it is asked for: importing the package loads torch alone, without huggingface_hub."""
+        if name == "HubGrafts":
+            from sagan_attn.surgery.hub import HubGrafts
+
+            return HubGrafts
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "Graft",
     "GraftSummary",
     "Grafts",
+    "HubGrafts",
     "SaganAttnError",
     "SelfAttention2d",
     "Site",

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from sagan_attn.blocks import block_names, create_block
 from sagan_attn.blocks.base import MapAttention
-from sagan_attn.blocks.norms import BranchNorm
 
 FOUR_HEADS = ("botnet", "multihead", "cross", "encoder", "decoder")  # by default
 
@@ -50,6 +49,14 @@ class Case:
     def channels(self) -> tuple[int, ...]:
         """Numbers of channels to test. Forms without a limit must take 1 and 3."""
         return channel_counts(self.name, **self.options)
+
+    def takes(self, shape: tuple[int, ...], training: bool = False) -> bool:
+        """Whether a map of that shape can be an input."""
+        return True
+
+    def takes_autocast(self, dtype: torch.dtype) -> bool:
+        """Whether parameters of that dtype work under an autocast to bfloat16."""
+        return True
 
     def masks(self, mask: Tensor) -> dict[str, Tensor]:
         """Arguments of forward that hide positions of the map from all attention in the block."""
@@ -151,7 +158,12 @@ def opened(name: str, channels: int = 8, **options: Any) -> nn.Module:
     All first weights of 0 and of nearly 0 (those of N(0, 0.01)) become seeded others.
     """
     seed()
-    block = create_block(name, channels, **options).eval()
+    return contributing(create_block(name, channels, **options))
+
+
+def contributing(block: nn.Module) -> nn.Module:
+    """The block, changed to be as `opened` says."""
+    block.eval()
     with torch.no_grad():
         for parameter in block.parameters():
             if parameter.abs().mean() < 0.05:
@@ -159,7 +171,7 @@ def opened(name: str, channels: int = 8, **options: Any) -> nn.Module:
             elif (parameter == 1).all():
                 parameter.uniform_(0.5, 1.5)
         for module in block.modules():
-            if isinstance(module, BranchNorm):
+            if isinstance(module, nn.BatchNorm2d):
                 module.running_mean.normal_(0, 0.2)
                 module.running_var.uniform_(0.5, 1.5)
         if hasattr(block, "gamma"):

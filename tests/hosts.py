@@ -99,9 +99,12 @@ WIDE_HOSTS = {
     "tv-mobilenetv3": Host(_tv("mobilenet_v3_small"), ("features.3", "features.8"), 64),
     "densenet": Host(_tv("densenet121"), ("features.transition1", "features.denseblock2.denselayer3"), 64),
     "vgg": Host(_tv("vgg11_bn"), ("features.7", "features.14"), 32),
+    "mambaout": Host(_timm("mambaout_femto"), ("stages.1", "stages.2.blocks.0"), 64),  # NHWC, takes any size
     "davit": Host(_timm("davit_tiny"), ("stages.1",), 64),
     "poolformerv2": Host(_timm("poolformerv2_s12"), ("stages.1",), 64),
 }
+
+ANY_HOST = {**HOSTS, **WIDE_HOSTS}
 
 
 def open_gates(grafts: Any, value: float = 0.7) -> None:

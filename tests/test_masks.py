@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from chunk_sizes import chunk_scores
 from references import CASES, fill, pooled
 from torch import Tensor
 
 from sagan_attn import functional
 from sagan_attn.blocks import create_block
 from sagan_attn.errors import BlockError
-from sagan_attn.functional import paths
 from sagan_attn.functional.paths import PATHS
 
 B, H, N, M, D = 3, 2, 4, 5, 6
@@ -79,8 +79,13 @@ def test_weights_are_those_of_the_allowed_keys_alone(score: str, masked: str):
         assert not means[b, h, n, ~keys].any()
 
 
+SERVED = [("softmax" if path in ("sdpa", "sdpa_padded") else "mean", path) for path in PATHS if path != "flex"] + [
+    ("softmax", path) for path in ("auto", "materialised", "chunked")
+]  # "flex" takes no masks
+
+
 @masked
-@pytest.mark.parametrize("path", ["auto", "materialised", "chunked"])
+@pytest.mark.parametrize("path", ["auto", "materialised", "chunked", "sdpa", "sdpa_padded"])
 def test_torch_with_the_same_boolean_mask(path: str, masked: str):
     own, allowed = MASKS[masked]
     q, k, v = rows(B, H, N, D), rows(B, H, M, D), rows(B, H, M, 3)
@@ -113,9 +118,7 @@ def test_factored_means(masked: str):
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize(
-    ("normalize", "path"), [pair for pair in product(["softmax", "mean"], PATHS) if pair != ("softmax", "factored")]
-)
+@pytest.mark.parametrize(("normalize", "path"), SERVED)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_queries_without_any_key(dtype: torch.dtype, normalize: str, path: str):
     q, k, v = rows(2, 1, 3, 4, dtype=dtype), rows(2, 1, 5, 4, dtype=dtype), rows(2, 1, 5, 4, dtype=dtype)
@@ -225,20 +228,20 @@ def test_too_many_rows_are_refused_in_groups_too(
     own: dict[str, Tensor], queries_at_once: int, monkeypatch: pytest.MonkeyPatch
 ):
     q, k = torch.ones(2, 1, 4, 3), torch.ones(2, 1, 5, 3)
-    monkeypatch.setattr(paths, "CHUNK_SCORES", 10 * queries_at_once)
+    chunk_scores(monkeypatch, 10 * queries_at_once)
     with pytest.raises(BlockError, match=r"of shape \(2, (8|1, 8, 5)\)"):
         functional.attend(q, k, k, path="chunked", **own)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_unknown_arguments_are_refused_on_every_path(path: str):
+@pytest.mark.parametrize(("normalize", "path"), [*SERVED, ("softmax", "flex")])
+def test_unknown_arguments_are_refused_on_every_path(normalize: str, path: str):
     q = torch.ones(1, 1, 2, 3)
     with pytest.raises(TypeError, match="valid_len'"):
-        functional.attend(q, q, q, path=path, normalize="mean", valid_len=torch.ones(1).long())
+        functional.attend(q, q, q, path=path, normalize=normalize, valid_len=torch.ones(1).long())
 
 
 def test_dropout_in_groups_drops_the_same_weights_in_the_backward_pass(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(paths, "CHUNK_SCORES", 60)
+    chunk_scores(monkeypatch, 60)
     q, k, v = rows(1, 1, 20, 4), rows(1, 1, 30, 4), rows(1, 1, 30, 3)
     output = functional.attend(q, k, v, dropout=0.5, path="chunked")
     towards = torch.randn_like(output)

@@ -13,7 +13,7 @@ from sagan_attn.blocks.checks import one_of, positive, probability
 from sagan_attn.blocks.pointwise import Pointwise
 from sagan_attn.errors import BlockError
 from sagan_attn.functional.attention import Normalize, Score
-from sagan_attn.functional.paths import PATHS, Path, obstacle_to_factoring
+from sagan_attn.functional.paths import PATHS, Path, obstacle_to
 
 __all__ = ["MapAttention", "Position", "resolve_scale"]
 
@@ -72,8 +72,8 @@ class MapAttention(nn.Module):
         probability(dropout=dropout)
         one_of("path", path, PATHS)
         how = {"score": score, "normalize": normalize, "position": position if position != "sinusoidal" else None}
-        if path == "factored" and (obstacle := obstacle_to_factoring(dropout, how)):
-            raise BlockError(f"path 'factored' cannot serve {obstacle}")
+        if obstacle := obstacle_to(path, dropout, how):
+            raise BlockError(f"path {path!r} cannot serve {obstacle}")
         one_of("position", position, (None, *get_args(Position)))
         self.in_channels = in_channels
         self.heads = heads

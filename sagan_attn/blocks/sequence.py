@@ -53,7 +53,7 @@ class MultiHeadAttention(nn.Module):
         positive(num_hiddens=num_hiddens, num_heads=num_heads)
         divides("num_heads", num_heads, "num_hiddens", num_hiddens)
         one_of("score", score, ("dot", "additive"))
-        one_of("path", path, tuple(name for name in PATHS if name != "factored"))
+        one_of("path", path, tuple(name for name in PATHS if name not in ("factored", "flex")))
         probability(dropout=dropout)
         flags(bias=bias)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}

@@ -77,7 +77,7 @@ def attention_weights(
 
 def _scores(query: Tensor, key: Tensor, scale: float, score: Score, vector: Tensor | None) -> Tensor:
     if score == "dot":
-        return torch.matmul(query * scale, key.transpose(-2, -1))
+        return torch.matmul(query if scale == 1.0 else query * scale, key.transpose(-2, -1))
     if score not in get_args(Score):
         raise BlockError(f"score ({score!r}) must be one of {', '.join(get_args(Score))}")
     if vector is None:
@@ -138,5 +138,11 @@ def check_mask(shape: Sequence[int], mask: Tensor | None) -> None:
 
 
 def attention_output(weights: Tensor, value: Tensor) -> Tensor:
-    """Each query's weighted sum of values. weights [B, h, N, M], value [B, h, M, D]; returns [B, h, N, D]."""
-    return torch.matmul(weights.to(value.dtype), value)
+    """Each query's weighted sum of values. weights [B, h, N, M], value [B, h, M, D]; returns [B, h, N, D].
+
+    In the dtype of value, and laid out as it is: columns of a map give columns.
+    """
+    weights = weights.to(value.dtype)
+    if value.stride(-1) != 1 and value.stride(-2) == 1:
+        return torch.matmul(value.mT, weights.mT).mT
+    return torch.matmul(weights, value)

@@ -121,14 +121,15 @@ def gated_residual(x: Tensor, branch: Tensor, gamma: Tensor) -> Tensor:
 
     x and branch [B, C, H, W], gamma of one element. With gamma 0 and a finite branch the result equals x bit for
     bit. Keeping dtype and strides matters for that promise further on: in another memory format or precision the
-    host's next layer rounds differently. The branch and gamma are brought to x's dtype first, so a float32 gamma
-    does not promote a bfloat16 map, nor a half-precision branch lower a float32 one.
+    host's next layer rounds differently. (An expanded map, whose entries share memory, comes back dense.) The branch
+    and gamma are brought to x's dtype first, so a float32 gamma does not promote a bfloat16 map, nor a half-precision
+    branch lower a float32 one.
     """
     branch, gamma = branch.to(x.dtype), gamma.to(x.dtype)
     out = torch.addcmul(x, branch, gamma)
     if out.stride() != x.stride():
-        # A sum of two maps takes the strides of the first, except along sides of length 1. A clone keeps those too.
-        out = x.clone().addcmul_(branch, gamma)
+        # A sum of two maps takes the strides of the first, except along sides of length 1 and over holes.
+        out = _copy(x).addcmul_(branch, gamma)
     return out
 
 
@@ -137,8 +138,18 @@ def residual(x: Tensor, branch: Tensor) -> Tensor:
     branch = branch.to(x.dtype)
     out = torch.add(x, branch)
     if out.stride() != x.stride():
-        out = x.clone().add_(branch)
+        out = _copy(x).add_(branch)
     return out
+
+
+def _copy(x: Tensor) -> Tensor:
+    """A copy with the strides of x, holes between its entries too; dense where entries of x share memory."""
+    reach = 0  # how far the sides of smaller strides go
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return x.clone()
+        reach += stride * (size - 1)
+    return x.new_empty_strided(x.shape, x.stride()).copy_(x)
 
 
 def add_sinusoids(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """One door to attention, and the ways through it: the same numbers, other memory and time."""
 
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,15 +11,18 @@ from torch.utils.checkpoint import checkpoint
 
 from sagan_attn.errors import BlockError
 from sagan_attn.functional.attention import allowed_keys, attention_output, attention_weights, check_lens, check_mask
-from sagan_attn.functional.precision import no_autocast
+from sagan_attn.functional.chunks import chunked_attention
+from sagan_attn.functional.precision import no_autocast, product_dtype
 
-__all__ = ["PATHS", "Path", "attend", "obstacle_to_factoring"]
+__all__ = ["PATHS", "Path", "attend", "obstacle_to"]
 
-Path = Literal["auto", "materialised", "chunked", "factored"]
+Path = Literal["auto", "materialised", "chunked", "factored", "sdpa", "sdpa_padded", "flex"]
 PATHS = get_args(Path)
 
-MATERIALISED_SCORES = 2**24  # 64 MB in float32; from there on the chunked path is no slower on two cores
-CHUNK_SCORES = 2**22  # held at a time by the chunked path
+# From so many scores (B*h*N*M) on "auto" is chunked, as measured by `python -m sagan_attn bench block` (benchmarks/):
+# "plain" is softmax attention of dot products, which `chunks.py` serves, and "any" the rest, through checkpoints.
+CHUNKED_FROM = {"plain": 2**20, "any": 2**24}
+CHUNK_SCORES = 2**22  # held at a time through checkpoints
 CHUNK_ROWS = 64  # fewer queries at a time waste the multiplication, so rather fewer samples
 
 
@@ -40,30 +43,38 @@ def attend(
     Args:
         scale, how: see `attention_weights`.
         dropout: probability of a weight to be set to 0, the others growing by 1 / (1 - dropout).
-        path: "materialised" holds all B*h*N*M weights, and keeps as many numbers again for the backward pass.
-            "chunked" goes through the queries in groups and computes their weights once more in the backward pass:
-            memory grows linearly with N. It is not for `torch.func.grad`, which knows no checkpoints. "factored",
-            q (k^T v) instead of (q k^T) v, is linear in time as well; it serves the dot score with normalize="mean",
-            without position or dropout, and masks over keys alone.
-            "auto" is factored where that serves, chunked from 17 million scores on (tanh features of the
-            additive score), else materialised; `torch.export` gets no chunks, whose number would be fixed.
+        path: how it is computed.
+            "materialised": all B*h*N*M weights in memory, and as many numbers again for the backward pass.
+            "chunked": a group of queries at a time, whose weights are computed once more in the backward pass: memory
+            grows linearly with N. Second derivatives hold all weights.
+            "factored": q (k^T v) instead of (q k^T) v, linear in time as well; for the dot score with
+            normalize="mean", without position or dropout, and masks over keys alone.
+            "sdpa": `F.scaled_dot_product_attention` as it is; "sdpa_padded": with queries and keys padded with zeros
+            to the width of the values, or the other way round, and all in rows, as its fused kernels want it. For
+            softmax of dot products without position. Second derivatives are refused by torch where a fused kernel ran.
+            "flex": torch's compiled FlexAttention; as "sdpa", without masks and dropout, and on the CPU for inference.
+            "auto": factored where that serves, chunked for many scores, else materialised; `torch.export` gets
+            no chunks, because its graphs serve other backends too.
 
     Raises:
         BlockError: an unknown path, or one that cannot serve what is asked; see also `attention_weights`.
     """
     if path not in PATHS:
         raise BlockError(f"path ({path!r}) must be one of {', '.join(PATHS)}")
-    obstacle = obstacle_to_factoring(dropout, how)
-    if path == "factored" and obstacle:
-        raise BlockError(f"path 'factored' cannot serve {obstacle}")
-    if path == "factored" or (path == "auto" and not obstacle):
-        return _factored(query, key, value, scale, **how)
-    large = path == "auto" and _scores(query, key, how) >= MATERIALISED_SCORES
-    if torch.compiler.is_exporting() or query.is_meta:  # no fixed number of chunks there, and no memory to save here
-        large = False
-    if path == "chunked" or large:
-        return _chunked(query, key, value, scale, dropout, how)
-    return _materialised(query, key, value, scale, dropout, how)
+    if path == "auto":
+        path = _chosen(query, key, dropout, how)
+    elif obstacle := obstacle_to(path, dropout, how) or _obstacle_here(path, query, key, value):
+        raise BlockError(f"path {path!r} cannot serve {obstacle}")
+    return _WAYS[path](query, key, value, scale, dropout, how)
+
+
+def _chosen(query: Tensor, key: Tensor, dropout: float, how: Mapping[str, Any]) -> Path:
+    if not obstacle_to("factored", dropout, how):
+        return "factored"
+    if torch.compiler.is_exporting() or query.is_meta:  # no memory to save there
+        return "materialised"
+    rule = "any" if _obstacle_to_groups(dropout, how) else "plain"
+    return "chunked" if _scores(query, key, how) >= CHUNKED_FROM[rule] else "materialised"
 
 
 def _scores(query: Tensor, key: Tensor, how: Mapping[str, Any]) -> int:
@@ -72,23 +83,72 @@ def _scores(query: Tensor, key: Tensor, how: Mapping[str, Any]) -> int:
     return b * heads * n * key.shape[2] * (d if how.get("score") == "additive" else 1)
 
 
+def obstacle_to(path: Path, dropout: float, how: Mapping[str, Any]) -> str | None:
+    """What keeps a path from serving attention of that kind; None if nothing does."""
+    if path in ("auto", "materialised", "chunked"):
+        return None
+    score, normalize = how.get("score", "dot"), how.get("normalize", "softmax")
+    if score != "dot" or normalize != ("mean" if path == "factored" else "softmax"):
+        return f"score {score!r} with normalize {normalize!r}"
+    if how.get("position") is not None:
+        return "a position in the scores"
+    if dropout and path in ("factored", "flex"):
+        return "dropout of weights"
+    lens, mask = how.get("valid_lens"), how.get("mask")
+    if path == "factored" and (
+        (lens is not None and lens.dim() > 1) or (mask is not None and mask.dim() == 4 and mask.shape[2] > 1)
+    ):
+        return "a mask that differs from query to query"
+    if path == "flex" and (lens is not None or mask is not None):
+        return "masks"
+    return None
+
+
+def _obstacle_here(path: Path, query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    """What keeps FlexAttention from serving these tensors."""
+    if path != "flex":
+        return None
+    if query.numel() == 0 or key.numel() == 0 or value.numel() == 0:
+        return "empty tensors"
+    if query.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        return "gradients on the CPU, where FlexAttention has no backward pass"
+    return None
+
+
 def _materialised(
     query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float, how: Mapping[str, Any]
 ) -> Tensor:
     weights = attention_weights(query, key, scale, **how)
     weights = F.dropout(weights, dropout) if dropout else weights
-    if how.get("normalize") == "mean":  # weights without bound, which half precision may not hold
-        with no_autocast(query):
-            return attention_output(weights, value.to(weights.dtype)).to(value.dtype)
-    return attention_output(weights, value)
+    # Means are weights without bound, which half precision may not hold.
+    dtype = weights.dtype if how.get("normalize") == "mean" else product_dtype(value)
+    with no_autocast(query):
+        return attention_output(weights.to(dtype), value.to(dtype)).to(value.dtype)
 
 
 def _chunked(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float, how: Mapping[str, Any]) -> Tensor:
+    if query.numel() == 0 or key.numel() == 0 or value.numel() == 0:
+        return _materialised(query, key, value, scale, dropout, how)
+    if _obstacle_to_groups(dropout, how) or torch.compiler.is_exporting():  # whose graphs serve other backends
+        return _through_checkpoints(query, key, value, scale, dropout, how)
+    _refuse_unknown(how)
+    shape = (*query.shape[:3], key.shape[2])
+    mask = allowed_keys(shape, query.device, how.get("valid_lens"), how.get("mask"))
+    return chunked_attention(query, key, value, float(scale), mask)
+
+
+def _obstacle_to_groups(dropout: float, how: Mapping[str, Any]) -> bool:
+    """Whether chunks have to go through checkpoints, because `chunked_attention` does not know what is asked."""
+    lens = how.get("valid_lens")
+    return bool(obstacle_to("sdpa", dropout, how)) or dropout > 0 or (lens is not None and lens.dim() > 1)
+
+
+def _through_checkpoints(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float, how: Mapping[str, Any]
+) -> Tensor:
     b, heads, n, _ = query.shape
     check_lens(b, n, how.get("valid_lens"))
     check_mask((b, heads, n, key.shape[2]), how.get("mask"))
-    if b == 0 or heads == 0 or n == 0:
-        return _materialised(query, key, value, scale, dropout, how)
     a_row = max(1, _scores(query, key, how) // (b * n))  # of one sample
     samples = max(1, CHUNK_SCORES // (a_row * min(n, CHUNK_ROWS)))
     rows = max(1, CHUNK_SCORES // (a_row * min(samples, b)))
@@ -119,34 +179,14 @@ def _part(how: Mapping[str, Any], samples: slice, rows: slice) -> dict[str, Any]
     return own
 
 
-def obstacle_to_factoring(dropout: float, how: Mapping[str, Any]) -> str | None:
-    """What keeps the sum over keys from being done before the queries come in; None if nothing does."""
-    if how.get("score", "dot") != "dot" or how.get("normalize") != "mean":
-        return f"score {how.get('score', 'dot')!r} with normalize {how.get('normalize', 'softmax')!r}"
-    if how.get("position") is not None or dropout:
-        return "a position in the scores" if not dropout else "dropout of weights"
-    lens, mask = how.get("valid_lens"), how.get("mask")
-    if (lens is not None and lens.dim() > 1) or (mask is not None and mask.dim() == 4 and mask.shape[2] > 1):
-        return "a mask that differs from query to query"
-    return None
-
-
 def _factored(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    *,
-    valid_lens: Tensor | None = None,
-    mask: Tensor | None = None,
-    **how: Any,
+    query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float, how: Mapping[str, Any]
 ) -> Tensor:
-    if unknown := how.keys() - {"score", "normalize", "vector", "position", "index"}:
-        raise TypeError(f"attend() has no argument {', '.join(map(repr, sorted(unknown)))}")
+    _refuse_unknown(how)
     b, heads, n, _ = query.shape
     m = key.shape[2]
     precise = torch.promote_types(query.dtype, torch.float32)
-    allowed = allowed_keys((b, heads, n, m), key.device, valid_lens, mask)
+    allowed = allowed_keys((b, heads, n, m), key.device, how.get("valid_lens"), how.get("mask"))
     with no_autocast(query):
         key = key.to(precise)
         count: Tensor | int = max(m, 1)
@@ -155,3 +195,48 @@ def _factored(
             count = allowed.sum(-1, keepdim=True).clamp(min=1)  # [B or 1, h or 1, 1, 1]
         summary = torch.matmul(key.transpose(-2, -1), value.to(precise))  # [B, h, d, D]
         return (torch.matmul(query.to(precise), summary) * scale / count).to(value.dtype)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float, how: Mapping[str, Any]) -> Tensor:
+    _refuse_unknown(how)
+    shape = (*query.shape[:3], key.shape[2])
+    mask = allowed_keys(shape, query.device, how.get("valid_lens"), how.get("mask"))
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    return F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale)
+
+
+def _sdpa_padded(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float, how: Mapping[str, Any]
+) -> Tensor:
+    size = max(query.shape[-1], value.shape[-1])
+    # A last dimension that is not contiguous sends torch to the road without a fused kernel.
+    q, k, v = (F.pad(x, (0, size - x.shape[-1])).contiguous() for x in (query, key, value))
+    return _sdpa(q, k, v, scale, dropout, how)[..., : value.shape[-1]]
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float, how: Mapping[str, Any]) -> Tensor:
+    _refuse_unknown(how)
+    return _compiled_flex()(query.to(value.dtype), key.to(value.dtype), value, scale=scale)
+
+
+@cache
+def _compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention  # slow to import
+
+    return torch.compile(flex_attention)
+
+
+def _refuse_unknown(how: Mapping[str, Any]) -> None:
+    """`attention_weights` does it where it is called."""
+    if unknown := how.keys() - {"score", "normalize", "vector", "position", "index", "valid_lens", "mask"}:
+        raise TypeError(f"attend() has no argument {', '.join(map(repr, sorted(unknown)))}")
+
+
+_WAYS = {
+    "materialised": _materialised,
+    "chunked": _chunked,
+    "factored": _factored,
+    "sdpa": _sdpa,
+    "sdpa_padded": _sdpa_padded,
+    "flex": _flex,
+}

@@ -1,9 +1,11 @@
 """graft, ungraft, is_grafted, grafts_of."""
 
 import difflib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from sagan_attn.errors import GraftError
@@ -81,14 +83,16 @@ def graft(
 
 
 def carry_out(plan: Sequence[Insertion]) -> Grafts:
-    """Make the insertions of a plan, all or none."""
+    """Make the insertions of a plan, all or none. Compiled code is dropped, so that it is compiled anew."""
     grafts = []
     with all_or_nothing(step.anchor for step in plan):
         for step in plan:
             points_.insert(step.anchor, step.layout, step.name, step.site, step.block, step.spec)
             path = f"{step.anchor_name}.{points_.CHILD}.{step.name}"
             grafts.append(Graft(step.name, step.site, step.block, path, step.anchor))
-        return Grafts(grafts)
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # what was compiled before has no guard on new hooks, and would run without the grafts
+    return Grafts(grafts)
 
 
 def ungraft(model: nn.Module, names: str | Sequence[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,8 +86,9 @@ def load_grafts(
         model: a host with the sites of the saved one, of the same channels and layout there.
         path: of the file.
         example_input: as in `graft`.
-        blocks: for grafts made from a class or factory: graft name -> that class or factory, which is called with the
-            channels and the saved options.
+        blocks: for grafts made from a class or factory: graft name or path -> that class or factory, which is called
+            with the channels and the saved options. A name stands for every such graft of that name; a path, as in
+            `Graft.path`, for one, and goes before the name.
 
     Raises:
         GraftError: a file that is missing, damaged or foreign; a block that is not registered, not in `blocks`, or
@@ -95,10 +97,9 @@ def load_grafts(
     """
     entries, tensors = read_grafts(Path(path))
     _check_distinct(entries, f"{os.fspath(path)!r} is no file of `save_grafts`")
-    makers = _makers(entries, blocks or {})
     for entry in entries:
         check_name(entry.name)
-    _check_sites(model, entries)
+    makers = _makers(entries, _paths(model, entries), blocks or {})
     for entry in entries:
         if entry.block is not None:  # without weights first: a file may ask for blocks of any size
             _check_tensors(entry, _built(entry, torch.device("meta")).state_dict(), _own(entry, tensors))
@@ -163,25 +164,33 @@ def _check_distinct(entries: Sequence[Entry], why: str) -> None:
         seen.add(entry.prefix)
 
 
-def _makers(entries: Sequence[Entry], blocks: Mapping[str, BlockLike]) -> list[BlockLike]:
-    """What builds each graft: its registered name, or what was passed for it."""
-    asked = {entry.name: entry for entry in entries if entry.block is None}
-    missing = [entry for name, entry in asked.items() if name not in blocks]
+def _makers(entries: Sequence[Entry], paths: Sequence[str], blocks: Mapping[str, BlockLike]) -> list[BlockLike]:
+    """What builds each graft: its registered name, or what was passed for its path or its name."""
+    asked = {path: entry for path, entry in zip(paths, entries, strict=True) if entry.block is None}
+    count = Counter(entry.name for entry in asked.values())
+    keys = {path: entry.name if count[entry.name] == 1 else path for path, entry in asked.items()}
+    missing = [path for path, entry in asked.items() if path not in blocks and entry.name not in blocks]
     if missing:
-        lines = ", ".join(f"{entry} (made by {entry.made_by!r})" for entry in missing)
-        wanted = ", ".join(f"{entry.name!r}: ..." for entry in missing)
+        lines = ", ".join(f"{asked[path]} (made by {asked[path].made_by!r})" for path in missing)
+        wanted = ", ".join(f"{keys[path]!r}: ..." for path in missing)
         raise GraftError(
             f"{lines}: a class or factory has no registered name to be rebuilt by; pass blocks={{{wanted}}} with it"
         )
-    for name in blocks:
-        if name not in asked:
-            raise GraftError(f"blocks has {name!r}, but the file asks for {', '.join(map(repr, asked)) or 'none'}")
-    makers = [blocks[entry.name] if entry.block is None else entry.block for entry in entries]
-    for entry, maker in zip(entries, makers, strict=True):
+    for key in blocks:
+        if key not in asked and key not in count:
+            raise GraftError(
+                f"blocks has {key!r}, but the file asks for {', '.join(map(repr, keys.values())) or 'none'}"
+            )
+    makers = []
+    for path, entry in zip(paths, entries, strict=True):
+        maker = entry.block
+        if maker is None:
+            maker = blocks[path] if path in blocks else blocks[entry.name]
         try:
             check_block(maker, entry.options)
         except ValueError as error:
             raise GraftError(f"{entry} cannot be rebuilt: {error}") from error
+        makers.append(maker)
     return makers
 
 
@@ -222,9 +231,12 @@ def _check_tensors(entry: Entry, required: Mapping[str, Any], found: Mapping[str
         raise GraftError(f"the tensors of {entry} are not those of its block: {'; '.join(sorted(faults))}")
 
 
-def _check_sites(model: nn.Module, entries: Sequence[Entry]) -> None:
-    """Raise `GraftError` for a site that the host does not have, or where such a graft is already."""
-    names = host_names(model)
+def _paths(model: nn.Module, entries: Sequence[Entry]) -> list[str]:
+    """`Graft.path` of each graft to be.
+
+    Raises `GraftError` for a site that the host does not have, or where such a graft is already.
+    """
+    names, paths = host_names(model), []
     for entry in entries:
         if entry.site not in names:
             near = difflib.get_close_matches(entry.site, names, n=5, cutoff=0.5) or names[:5]
@@ -239,6 +251,8 @@ def _check_sites(model: nn.Module, entries: Sequence[Entry]) -> None:
                 f"site {entry.site!r} already has a graft named {entry.name!r} (at module {anchor_name!r}); take it "
                 "out with ungraft first"
             )
+        paths.append(f"{anchor_name}.{CHILD}.{entry.name}")
+    return paths
 
 
 def _check_maps(entry: Entry, maps: Maps) -> None:

@@ -14,7 +14,6 @@ predictions.csv            after `predict`
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import yaml
 from torch import nn
 
 from sagan_attn.errors import CheckpointError
+from sagan_attn.surgery.graft_file import write_whole
 from sagan_attn.training.data import Preprocess
 from sagan_attn.training.hosts import HostConfig
 from sagan_attn.training.module import check_fit
@@ -135,15 +135,7 @@ def _read(path: Path, parse: Any) -> Any:
 def write_text(path: Path, text: str) -> None:
     """Write a file as a whole: the old one or the new one is there, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_whole(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, content: Any) -> None:

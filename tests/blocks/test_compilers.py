@@ -4,30 +4,31 @@ What runs by default is small; `-m slow` runs every form on every road.
 """
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
-from block_forms import ATTENDING, CASES, SHAPES, Case, cores
+from block_forms import ATTENDING, SHAPES, Case, cores
+from chunk_sizes import chunk_scores
+from gated_forms import CONTRACT
 from torch import fx, nn
-
-from sagan_attn.functional import paths
 
 AUTO = torch.export.Dim.AUTO
 DYNAMIC = {0: AUTO, 2: AUTO, 3: AUTO}
 
 
-def some(*ids: str, of: list[Case] = CASES) -> list[Any]:
+def some(*ids: str, of: list[Case] = CONTRACT) -> list[Any]:
     """All cases, those beside the ones named as slow."""
     assert {case.id for case in of} >= set(ids)
     return [pytest.param(c, id=c.id, marks=[] if c.id in ids else [pytest.mark.slow]) for c in of]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CONTRACT, ids=str)
 def test_symbolic_trace(case: Case):
     block = case.opened()
     traced = fx.symbolic_trace(block)
-    for shape in SHAPES[1:7]:
+    for shape in filter(case.takes, SHAPES[1:7]):
         x = torch.randn(shape)
         assert torch.equal(traced(x), block(x))
     x = torch.randn(2, 8, 4, 5, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
@@ -74,12 +75,12 @@ def test_compiles_with_masks(case: Case, dynamic: bool):
 @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", some("sagan chunked", of=[case for case in ATTENDING if "chunked" in case.id]))
 def test_chunks_compile(case: Case, dynamic: bool, monkeypatch):
-    monkeypatch.setattr(paths, "CHUNK_SCORES", 200)
+    chunk_scores(monkeypatch, 200)
     check_compiled(case.opened().train(), dynamic=dynamic)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CONTRACT, ids=str)
 def test_compiles_under_autocast(case: Case):
     torch.compiler.reset()
     block, x = case.opened(), torch.randn(2, 8, 4, 5)
@@ -95,7 +96,7 @@ def without_dropout(case: Case) -> dict[str, float]:
 def exportable(case: Case) -> Case:
     """Chunks are fixed in number by an export: it is asked for the same form without them."""
     kept = {option: value for option, value in case.options.items() if value != "chunked"}
-    return Case(case.id, case.name, kept)
+    return dataclasses.replace(case, options=kept)
 
 
 def smallest(block: nn.Module) -> tuple[int, int]:
@@ -106,7 +107,7 @@ def smallest(block: nn.Module) -> tuple[int, int]:
 
 @pytest.mark.parametrize(
     "case",
-    some("sagan", "biggan", "botnet", "nonlocal", "encoder", "context-max"),
+    some("sagan", "biggan", "botnet", "nonlocal", "encoder", "context-max", "global-context"),
 )
 def test_exports_with_dynamic_batch_and_size(case: Case):
     block = exportable(case).opened()

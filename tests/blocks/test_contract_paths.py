@@ -5,10 +5,12 @@ from typing import Any
 import pytest
 import torch
 from block_forms import ATTENDING, Case, cases, cores, seed
+from chunk_sizes import chunk_scores
 from torch import Tensor, nn
 
 from sagan_attn.blocks import create_block
 from sagan_attn.errors import BlockError
+from sagan_attn.functional import chunks as grouped
 from sagan_attn.functional import paths
 
 FACTORED = cases("nonlocal dot product", "nonlocal dot product without norm")
@@ -25,6 +27,15 @@ def chunks(monkeypatch) -> list[int]:
         return original(query, *args)
 
     monkeypatch.setattr(paths, "_materialised", counted)
+    monkeypatch.setitem(paths._WAYS, "materialised", counted)
+    parts = grouped._chunks
+
+    def listed(*args):
+        for i, j, mask in parts(*args):
+            seen.append(j.stop - j.start if j.stop <= args[0].shape[2] else args[0].shape[2] - j.start)
+            yield i, j, mask
+
+    monkeypatch.setattr(grouped, "_chunks", listed)
     return seen
 
 
@@ -32,7 +43,8 @@ def small_chunks(block: nn.Module, monkeypatch) -> None:
     """Chunks of 7 queries for two maps of 5 x 4."""
     heads, _, keys = block.attention_shape(5, 4)
     features = cores(block)[0].score_vector.shape[1] if cores(block)[0].score == "additive" else 1
-    monkeypatch.setattr(paths, "CHUNK_SCORES", 7 * 2 * heads * keys * features)
+    chunk_scores(monkeypatch, 7 * 2 * heads * keys * features)
+    monkeypatch.setattr(grouped, "CHUNK_SCORES", 14 * keys)
 
 
 def run(block: nn.Module, x: Tensor, **options) -> list[Tensor]:
@@ -115,7 +127,7 @@ def test_forced_factoring_is_refused_where_it_would_be_another_function(case: Ca
 
 def test_chunks_in_training_drop_weights_as_often(chunks: list[int], monkeypatch):
     """The backward pass drops what the forward pass dropped, and as many in chunks as in one piece."""
-    monkeypatch.setattr(paths, "CHUNK_SCORES", 4 * 400 * 30)
+    chunk_scores(monkeypatch, 4 * 400 * 30)
     block = create_block("multihead", 8, dropout=0.5, path="chunked", zero_init=False).double().train()
     with torch.no_grad():
         block.query.weight.zero_()  # all weights are 1 / 400
@@ -126,7 +138,7 @@ def test_chunks_in_training_drop_weights_as_often(chunks: list[int], monkeypatch
     assert branch.mean().item() == pytest.approx(1, abs=0.01)
     assert branch.std().item() == pytest.approx((1 / 400) ** 0.5, rel=0.1)
     assert set(chunks) == {30, 10}
-    monkeypatch.setattr(paths, "CHUNK_SCORES", 4 * 12 * 5)
+    chunk_scores(monkeypatch, 4 * 12 * 5)
 
     small = torch.randn(1, 8, 4, 3, dtype=torch.float64, requires_grad=True)
 

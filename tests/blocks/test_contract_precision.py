@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from block_forms import ATTENDING, CASES, Case, cores
+from block_forms import ATTENDING, Case, cores
+from gated_forms import CONTRACT
 
 from sagan_attn.blocks.pointwise import SpectralPointwise
 
@@ -12,7 +13,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=s
 
 
 @DTYPES
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CONTRACT, ids=str)
 def test_half_precision_is_near_float64(case: Case, dtype: torch.dtype):
     x = torch.randn(2, 8, 5, 6)
     expected = case.opened().double()(x.double())
@@ -27,7 +28,7 @@ def test_half_precision_is_near_float64(case: Case, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CONTRACT, ids=str)
 def test_training_under_autocast_gives_finite_gradients_of_the_parameters_dtype(case: Case, dtype: torch.dtype):
     block = case.opened().train()
     x = torch.randn(2, 8, 3, 4, requires_grad=True)

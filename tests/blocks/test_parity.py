@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from chunk_sizes import chunk_scores
 from references import CASES, FORMS, fill, parameters_of, reference
 from torch import Tensor, nn
 
 from sagan_attn.blocks import block_names, create_block
-from sagan_attn.functional import paths
 
 C = 32
 NON_LOCAL = [(name, options) for name, options in CASES if name.startswith("nonlocal")]
@@ -53,7 +53,7 @@ def test_numbers_and_gradients(name: str, options: dict[str, Any], size: tuple[i
 
 @pytest.mark.parametrize(("name", "options"), MAPS, ids=str)
 def test_in_groups_of_queries(name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(paths, "CHUNK_SCORES", 1000)  # a few of the 48 queries
+    chunk_scores(monkeypatch, 1000)  # a few of the 48 queries
     block, x = opened(name, {**options, "path": "chunked"}), random_map(6, 8)
     whole = opened(name, {**options, "path": "materialised"})
     assert_same(block(x), whole(x), [x])

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from chunk_sizes import chunk_scores
 from from_torch import assert_same_gradients, tensors
 from references import fill, softmax
 from torch import Tensor, nn
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 from sagan_attn import functional
 from sagan_attn.blocks import MultiHeadAttention
 from sagan_attn.errors import BlockError
-from sagan_attn.functional import paths
 
 B, N, M = 3, 4, 6
 
@@ -152,7 +152,7 @@ def test_formula_and_sum_over_heads(heads: int, score: str):
 
 @pytest.mark.parametrize("path", ["materialised", "chunked"])
 def test_dropout(path: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(paths, "CHUNK_SCORES", 50_000)
+    chunk_scores(monkeypatch, 50_000)
     block = MultiHeadAttention(6, 6, 6, 6, 2, dropout=0.4, path=path)
     x = torch.randn(1, 5, 6).expand(4000, -1, -1)
     expected = block.eval()(x[:1], x[:1], x[:1])
@@ -174,7 +174,7 @@ def test_dropout(path: str, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("masked", MASKS)
 @pytest.mark.parametrize("score", ["dot", "additive"])
 def test_in_groups_of_queries(score: str, masked: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(paths, "CHUNK_SCORES", 40)  # one query at a time, or two for the dot score without batch
+    chunk_scores(monkeypatch, 40)  # one query at a time, or two for the dot score without batch
     own, _ = MASKS[masked]
     inputs = [sequence(B, N, 5), sequence(B, M, 7), sequence(B, M, 8)]
     results = []
@@ -189,7 +189,7 @@ def test_in_groups_of_queries(score: str, masked: str, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("size", [1, 30, 80, 150, 10**6])
 def test_every_size_of_group(size: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(paths, "CHUNK_SCORES", size)
+    chunk_scores(monkeypatch, size)
     inputs = [sequence(B, N, 8) for _ in range(3)]
     q, k, v = (functional.split_features(x, 2) for x in inputs)
     lens = torch.tensor([[1, 2, 3, 4], [4, 4, 0, 2], [1, 0, 0, 4]])
@@ -266,7 +266,9 @@ def test_masks_that_do_not_fit():
         block(x, x, x, mask=[[True]])
     with pytest.raises(BlockError, match=r"valid_lens must be a tensor of whole numbers, not a list"):
         block(x, x, x, [1, 2])
-    with pytest.raises(BlockError, match=r"path \('factored'\) must be 'auto', 'materialised' or 'chunked'"):
+    with pytest.raises(
+        BlockError, match=r"path \('factored'\) must be 'auto', 'materialised', 'chunked', 'sdpa' or 'sdpa_padded'"
+    ):
         MultiHeadAttention(4, 4, 4, 4, 2, path="factored")
 
 

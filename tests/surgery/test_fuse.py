@@ -273,3 +273,22 @@ def test_onnx(case: Case, tmp_path: Path):
         x = torch.randn(shape)
         (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         torch.testing.assert_close(torch.from_numpy(output), fused(x).detach(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch.onnx and onnxscript warn about themselves
+def test_a_whole_fused_model_runs_in_onnx_runtime_as_the_unfused_one_did(tmp_path: Path):
+    ort = pytest.importorskip("onnxruntime")
+    host = HOSTS["tv-resnet18"]
+    model, images = host.build(), host.images()
+    open_gates(graft(model, {"layer2": "nonlocal", "layer3": {"block": "sagan", "pool": 2}}, example_input=images), 0.5)
+    before, expected = snapshot(model), model(images)
+    fused, path = fuse(model), str(tmp_path / "model.onnx")
+    torch.onnx.export(copy.deepcopy(fused), (images,), path, dynamo=True, dynamic_shapes=SHAPES, verbose=False)
+    session = ort.InferenceSession(path)
+    for x in (images, torch.randn(3, 3, 64, 96)):
+        (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        close(torch.from_numpy(output), model(x).detach(), 1e-4)
+    assert_same(pickle.loads(pickle.dumps(fused))(images), fused(images))
+    assert_unchanged(model, before)
+    assert_same(model(images), expected)

@@ -7,7 +7,8 @@ import pickle
 import pytest
 import torch
 import torchvision
-from hosts import HOSTS, WIDE_HOSTS, Host, assert_same, assert_unchanged, open_gates, snapshot
+from hosts import ANY_HOST, HOSTS, WIDE_HOSTS, Host, assert_same, assert_unchanged, count_calls, open_gates, snapshot
+from roads import FOUR, mostly_slow
 
 from sagan_attn import graft, grafts_of, is_grafted, ungraft
 from sagan_attn.blocks import block_names
@@ -101,11 +102,12 @@ def test_nan_in_the_branch_is_not_hidden_by_gamma_0():
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
-def test_copies_carry_their_own_grafts(way: str):
-    host = HOSTS["tiny"]
+@pytest.mark.parametrize("name", mostly_slow(("tiny", *FOUR, "swin"), "tiny", "mambaout"))
+def test_copies_carry_their_own_grafts(name: str, way: str):
+    host = ANY_HOST[name]
     model, images = host.build(), host.images()
     original = model(images)
-    grafts = graft(model, ["stage", "top"], example_input=images)
+    grafts = graft(model, list(host.sites), example_input=images)
     open_gates(grafts)
     changed = model(images)
     with grafts.disabled():  # a copy made in here has its grafts on
@@ -118,7 +120,9 @@ def test_copies_carry_their_own_grafts(way: str):
             file.seek(0)
             other = torch.load(file, weights_only=False)
         assert_same(model(images), original)
+    calls = [count_calls(g.block) for g in grafts_of(other)]
     assert_same(other(images), changed)
+    assert [len(c) for c in calls] == [1] * len(grafts)
     assert [g.path for g in grafts_of(other)] == [g.path for g in grafts]
     assert [g.site for g in grafts_of(other)] == [g.site for g in grafts]
 
