@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sagan_attn import functional
 from sagan_attn.blocks.checks import one_of, positive, probability
-from sagan_attn.blocks.pointwise import Pointwise
+from sagan_attn.blocks.pointwise import Pointwise, can_be_joined
 from sagan_attn.errors import BlockError
 from sagan_attn.functional.attention import Normalize, Score
 from sagan_attn.functional.paths import PATHS, Path, obstacle_to
@@ -112,14 +112,33 @@ class MapAttention(nn.Module):
         context: [B, context_channels, Hc, Wc]; None for x itself. mask: boolean [B, Hc, Wc], True at positions to
         attend to; None for all. A sample without any gets a weighted sum of 0.
         """
+        own = context is None  # asked first, because a tracer hides what context_of gives
         context = self._context_of(x, context)
-        query, key = self.query_and_key(x, context, mask)
-        value = functional.split_heads(self._keys_of(self.value, context, mask), self.heads)  # [B, h, M, D]
+        if own and self._reads_one_map() and can_be_joined((self.query, self.key, self.value)):
+            query, key, value = self._joined(x, mask)
+        else:
+            query, key = self.query_and_key(x, context, mask)
+            value = functional.split_heads(self._keys_of(self.value, context, mask), self.heads)  # [B, h, M, D]
         dropout = self.dropout if self.training else 0.0
         how = self._how(x, context, mask)
         rows = functional.attend(query, key, value, self.scale, dropout=dropout, path=self.path, **how)  # [B, h, N, D]
         branch = functional.merge_heads(rows, x)  # [B, h*D, H, W]
         return branch if self.output is None else self.output(branch)
+
+    def _reads_one_map(self) -> bool:
+        """Whether queries, keys and values are convolutions of the very same map, where it is its own context."""
+        same = self.context_channels == self.in_channels and self.position != "sinusoidal"
+        return same and not (self.pool_first and self.pool > 1)
+
+    def _joined(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, h, N, d], keys [B, h, M, d] and values [B, h, M, D] from one product with the map."""
+        convs = [conv for conv in (self.query, self.key, self.value) if conv is not None]
+        query, key, value = functional.pointwise_each(
+            x, [conv.used_weight() for conv in convs], [conv.bias for conv in convs]
+        )
+        key, value = (functional.pool_map(part, self.pool, mask, self.pool_ceil) for part in (key, value))
+        query, key, value = (functional.split_heads(part, self.heads) for part in (query, key, value))
+        return query, key, value
 
     def query_and_key(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Queries [B, h, N, d] of a map and keys [B, h, M, d] of the context."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sagan_attn import functional
 from sagan_attn.blocks.checks import one_of
 
-__all__ = ["Init", "Pointwise", "SpectralPointwise", "initialise"]
+__all__ = ["Init", "Pointwise", "SpectralPointwise", "can_be_joined", "initialise"]
 
 Init = Literal["torch", "normal", "kaiming", "trunc_normal"]
 
@@ -43,7 +43,11 @@ class Pointwise(nn.Module):
             nn.init.uniform_(self.bias, -(in_channels**-0.5), in_channels**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.pointwise(x, self.weight, self.bias)
+        return functional.pointwise(x, self.used_weight(), self.bias)
+
+    def used_weight(self) -> Tensor:
+        """The weight that a forward multiplies by."""
+        return self.weight
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}" + ("" if self.bias is not None else ", bias=False")
@@ -85,9 +89,18 @@ class SpectralPointwise(Pointwise):
         for _ in range(steps):
             functional.spectrally_normalized(self.weight, self.weight_u, self.weight_v, update=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = functional.spectrally_normalized(self.weight, self.weight_u, self.weight_v, self.training)
-        return functional.pointwise(x, weight, self.bias)
+    def used_weight(self) -> Tensor:
+        return functional.spectrally_normalized(self.weight, self.weight_u, self.weight_v, self.training)
+
+
+def can_be_joined(convs: Iterable[Pointwise | None]) -> bool:
+    """Whether convolutions can be done as one product: nobody waits for a call of one of them."""
+    return all(
+        conv is not None
+        and type(conv) in (Pointwise, SpectralPointwise)
+        and not (conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks)
+        for conv in convs
+    )
 
 
 def initialise(convs: Iterable[Pointwise | None], init: Init) -> None:

@@ -2,12 +2,10 @@
 
 The idea is FlashAttention's (Dao et al. 2022, arXiv:2205.14135) in whole matrix products: the weights of a group are
 made, used and dropped while they are in the cache, and made again in the backward pass from the log-sum-exp of each
-row. Where queries and keys are narrow and values wide, as in SAGAN, making them again costs little.
+query's scores. Where queries and keys are narrow and values wide, as in SAGAN, making them again costs little.
 
-Both passes are operators of torch, opaque to compilers. What a pass takes off each row rides along as one more column
-of the factors, and so does the sum over a row:
-
-    P [V, 1] = [P V, sum(P)]      [q, -lse] [k, 1]^T = scores - lse      [dO, -sum(dO * O)] [V, 1]^T = dP - sum(P * dP)
+Scores lie in memory with the keys as rows, [M, N]: matrix libraries are up to three times as fast that way round where
+d is small. Both passes are operators of torch, opaque to compilers.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +19,8 @@ from sagan_attn.functional.precision import no_autocast, product_dtype
 
 __all__ = ["chunked_attention"]
 
-CHUNK_SCORES = 2**18  # held at a time: 1 MB in float32, which stays in the cache
+CHUNK_SCORES = 2**20  # held at a time: 4 MB in float32, which stay in the cache
+CHUNK_MAPS = 2  # at least: matrix libraries share out whole products among their threads
 CHUNK_ROWS = 64  # fewer queries at a time waste the multiplication
 
 
@@ -35,34 +34,45 @@ def chunked_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, m
     return _Chunked.apply(query, key, value, scale, mask)[0]
 
 
-@torch.library.custom_op("sagan_attn::chunked_attention", mutates_args=())
-def attend_op(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`chunked_attention`, and the log-sum-exp of each row of scores, [B, h, N, 1], in float32 or float64."""
+# Defined by hand, because `torch.library.custom_op` imports torch's compiler on the first call, which takes seconds.
+_LIBRARY = torch.library.Library("sagan_attn", "DEF")
+_LIBRARY.define(
+    "chunked_attention(Tensor query, Tensor key, Tensor value, float scale, Tensor? mask) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "chunked_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+    "float scale, Tensor? mask) -> (Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.impl(_LIBRARY, "chunked_attention", "CompositeExplicitAutograd")
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`chunked_attention`, and the log-sum-exp of each query's scores, [B, h, N], in float32 or float64."""
     precise, wide = torch.promote_types(query.dtype, torch.float32), product_dtype(value)
-    out = _empty(value, query.shape[2])
-    lse = _empty(query[..., :1], query.shape[2], precise)
+    out = _output(value, query.shape[2])
+    lse = query.new_empty(query.shape[:3], dtype=precise)
     outs, lses = out.flatten(0, 1), lse.flatten(0, 1)
     with no_autocast(query):
-        q, k, v = _rows(query, precise) * scale, _rows(key, precise), _rows(value, wide)
-        v = _with_column(v, 1) if wide == precise else v
-        for i, j, allowed in _chunks(query, key, mask):
-            weights = torch.bmm(q[i, j], k[i].mT)
+        q, k, v = (_flat(query, precise) * scale).mT, _flat(key, precise), _flat(value, wide)
+        for i, j, buffer, allowed in _chunks(query, key, mask, precise):
+            weights = torch.bmm(k[i], q[i, :, j], out=buffer)  # [g, M, rows]
             if allowed is not None:
                 weights.masked_fill_(~allowed, torch.finfo(precise).min)
-            top = weights.amax(-1, keepdim=True)
+            top = weights.amax(1, keepdim=True)
             weights.sub_(top).exp_()
             if allowed is not None:
                 weights.masked_fill_(~allowed, 0)
-            product = torch.bmm(weights.to(wide), v[i])  # [g, rows, D + 1], or D in half precision
-            total = product[..., -1:] if wide == precise else weights.sum(-1, keepdim=True)
-            total = total.clamp(min=1)  # the largest weight is 1, unless there is none
-            outs[i, j] = (product[..., :-1] if wide == precise else product) / total
-            lses[i, j] = top + total.log()
+            total = weights.sum(1, keepdim=True).clamp_(min=1)  # the largest weight is 1, unless there is none
+            lses[i, j] = total.log().add_(top)[:, 0]
+            if _in_columns(v):
+                outs[i, j] = torch.bmm(v[i].mT, weights.to(wide)).div_(total).mT
+            else:
+                outs[i, j] = torch.bmm(weights.to(wide).mT, v[i]).div_(total.mT)
     return out, lse
 
 
-@torch.library.custom_op("sagan_attn::chunked_attention_backward", mutates_args=())
-def attend_backward_op(
+@torch.library.impl(_LIBRARY, "chunked_attention_backward", "CompositeExplicitAutograd")
+def _attend_backward(
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -72,50 +82,53 @@ def attend_backward_op(
     scale: float,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value for a gradient of the output [B, h, N, D] of `attend_op`."""
+    """Gradients of query, key and value for a gradient of the output [B, h, N, D] of `chunked_attention`."""
     precise, wide = lse.dtype, product_dtype(value)
-    n, m = query.shape[2], key.shape[2]
-    grads = _empty(query, n, precise), _empty(key, m, precise), _empty(value, m, precise)
-    dq, dk, dv = (part.flatten(0, 1) for part in grads)
+    grads = _gradients(query, key, value, precise)
+    dq, dk, dv = (x.flatten(0, 1) for x in grads)  # views
     with no_autocast(query):
-        q, k = _rows(query, precise) * scale, _rows(key, precise)
-        g, v = _rows(grad, wide), _rows(value, wide)
-        minus = -(grad.to(precise) * out.to(precise)).sum(-1, keepdim=True).flatten(0, 1)
-        q_and, k_and = _with_column(q, -lse.flatten(0, 1)), _with_column(k, 1)
-        g_and, v_and = (_with_column(g, minus), _with_column(v, 1)) if wide == precise else (g, v)
-        dk.zero_()
-        dv.zero_()
-        for i, j, allowed in _chunks(query, key, mask):
-            weights = torch.bmm(q_and[i, j], k_and[i].mT).exp_()
+        q, k = (_flat(query, precise) * scale).mT, _flat(key, precise)
+        g, v = _flat(grad, wide), _flat(value, wide)
+        lse, delta = lse.flatten(0, 1)[:, None], (grad.to(precise) * out).sum(-1).flatten(0, 1)[:, None]
+        second = None
+        for i, j, buffer, allowed in _chunks(query, key, mask, precise):
+            weights = torch.bmm(k[i], q[i, :, j], out=buffer).sub_(lse[i, :, j]).exp_()  # [g, M, rows]
             if allowed is not None:
                 weights.masked_fill_(~allowed, 0)
-            ds = torch.bmm(g_and[i, j], v_and[i].mT)
             if wide == precise:
-                dv[i].baddbmm_(weights.mT, g[i, j])
+                dv[i].baddbmm_(weights, g[i, j])
+                second = torch.empty_like(buffer) if second is None or second.shape != buffer.shape else second
+                ds = torch.bmm(v[i], g[i, j].mT, out=second)
             else:
-                ds = ds.to(precise).add_(minus[i, j])
-                dv[i] += torch.bmm(weights.to(wide).mT, g[i, j])
-            ds.mul_(weights)
-            dq[i, j] = torch.bmm(ds, k[i])
-            dk[i].baddbmm_(ds.mT, q[i, j])
-        dq.mul_(scale)
-    return tuple(part.to(like.dtype) for part, like in zip(grads, (query, key, value), strict=True))  # type: ignore[return-value]
+                dv[i] += torch.bmm(weights.to(wide), g[i, j])
+                ds = torch.bmm(v[i], g[i, j].mT).to(precise)
+            ds.sub_(delta[i, :, j]).mul_(weights)
+            dq[i, j] = torch.bmm(k[i].mT, ds).mul_(scale).mT
+            if _in_columns(dk):
+                dk[i].mT.baddbmm_(q[i, :, j], ds.mT)
+            else:
+                dk[i].baddbmm_(ds, q[i, :, j].mT)
+    return tuple(x.to(like.dtype) for x, like in zip(grads, (query, key, value), strict=True))  # type: ignore[return-value]
 
 
-def _chunks(query: Tensor, key: Tensor, mask: Tensor | None) -> Iterator[tuple[slice, slice, Tensor | None]]:
-    """Parts of the B*h maps, parts of the queries, and the mask [maps, rows or 1, M] of the two."""
+def _chunks(
+    query: Tensor, key: Tensor, mask: Tensor | None, dtype: torch.dtype
+) -> Iterator[tuple[slice, slice, Tensor, Tensor | None]]:
+    """Parts of the B*h maps, parts of the queries, room for the scores [maps, M, rows] and the mask of the two."""
     b, heads, n, _ = query.shape
     m = key.shape[2]
-    maps = max(1, CHUNK_SCORES // (n * m))
-    rows = min(n, max(CHUNK_ROWS, CHUNK_SCORES // m))
+    maps = min(b * heads, max(CHUNK_MAPS, CHUNK_SCORES // (n * m)))
+    rows = min(n, max(CHUNK_ROWS, CHUNK_SCORES // (m * maps)))
+    room = query.new_empty(maps * m * rows, dtype=dtype)
     for i in range(0, b * heads, maps):
         picked = torch.arange(i, min(i + maps, b * heads), device=query.device)
         for j in range(0, n, rows):
             allowed = None
             if mask is not None:
                 part = mask if mask.shape[2] == 1 else mask[:, :, j : j + rows]
-                allowed = part.expand(b, heads, part.shape[2], m)[picked // heads, picked % heads]
-            yield slice(i, i + maps), slice(j, j + rows), allowed
+                allowed = part.expand(b, heads, part.shape[2], m)[picked // heads, picked % heads].mT
+            shape = len(picked), m, min(rows, n - j)
+            yield slice(i, i + maps), slice(j, j + rows), room[: shape[0] * m * shape[2]].view(shape), allowed
 
 
 def _in_columns(x: Tensor) -> bool:
@@ -123,36 +136,32 @@ def _in_columns(x: Tensor) -> bool:
     return x.stride(-1) != 1 and x.stride(-2) == 1
 
 
-def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
     """[B, h, N, d] as [B*h, N, d], in the same order of memory."""
-    if _in_columns(x):
-        return x.mT.flatten(0, 1).mT.to(dtype)
-    return x.flatten(0, 1).to(dtype)
+    return x.mT.flatten(0, 1).mT.to(dtype) if _in_columns(x) else x.flatten(0, 1).to(dtype)
 
 
-def _empty(like: Tensor, length: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised rows [B, h, length, d], in the order of memory of like, whose maps can be flattened."""
-    b, heads, _, size = like.shape
-    if _in_columns(like):
-        return like.new_empty(b, heads, size, length, dtype=dtype).mT
-    return like.new_empty(b, heads, length, size, dtype=dtype)
+def _output(value: Tensor, n: int) -> Tensor:
+    """Room for the output [B, h, N, D], in columns or rows as the values are."""
+    b, heads, _, size = value.shape
+    return value.new_empty(b, heads, size, n).mT if _in_columns(value) else value.new_empty(b, heads, n, size)
 
 
-def _with_column(x: Tensor, column: Tensor | float) -> Tensor:
-    """Rows [G, N, d] with one more feature, in the same order of memory."""
-    last = column if isinstance(column, Tensor) else x.new_full((), column).expand(*x.shape[:-1], 1)
-    if _in_columns(x):
-        return torch.cat([x.mT, last.mT], dim=-2).mT
-    return torch.cat([x, last], dim=-1)
+def _gradients(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for those of queries, keys and values, in the order of memory that is the fastest to fill; 0."""
+    (b, heads, n, d), m = query.shape, key.shape[2]
+    dq = query.new_zeros(b, heads, d, n, dtype=dtype).mT
+    dk = key.new_zeros(b, heads, d, m, dtype=dtype).mT if d < 16 else key.new_zeros(b, heads, m, d, dtype=dtype)
+    return dq, dk, value.new_zeros(value.shape, dtype=dtype)
 
 
-@attend_op.register_fake
+@torch.library.register_fake("sagan_attn::chunked_attention", lib=_LIBRARY)
 def _(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     precise = torch.promote_types(query.dtype, torch.float32)
-    return _empty(value, query.shape[2]), _empty(query[..., :1], query.shape[2], precise)
+    return _output(value, query.shape[2]), query.new_empty(query.shape[:3], dtype=precise)
 
 
-@attend_backward_op.register_fake
+@torch.library.register_fake("sagan_attn::chunked_attention_backward", lib=_LIBRARY)
 def _(
     grad: Tensor,
     query: Tensor,
@@ -163,7 +172,8 @@ def _(
     scale: float,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty(query, query.shape[2]), _empty(key, key.shape[2]), _empty(value, key.shape[2])
+    grads = _gradients(query, key, value, lse.dtype)
+    return tuple(x.to(like.dtype) for x, like in zip(grads, (query, key, value), strict=True))  # type: ignore[return-value]
 
 
 class _Chunked(torch.autograd.Function):
@@ -171,7 +181,7 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        return attend_op(query, key, value, scale, mask)
+        return torch.ops.sagan_attn.chunked_attention(query, key, value, scale, mask)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -193,8 +203,17 @@ class _ChunkedBackward(torch.autograd.Function):
     """The gradients, which can be differentiated through the formula itself: with all weights in memory."""
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return attend_backward_op(*arguments)
+    def forward(
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        scale: float,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.sagan_attn.chunked_attention_backward(grad, query, key, value, out, lse, scale, mask)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -1,25 +1,48 @@
 """Feature maps around attention: projections, pooling, heads, norms and residuals, without parameters."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sagan_attn.errors import BlockError
 from sagan_attn.functional.positions import sinusoids
-from sagan_attn.functional.precision import no_autocast
+from sagan_attn.functional.precision import no_autocast, product_dtype
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """1x1 convolution of a map.
+    """1x1 convolution of a map, as a product of matrices.
 
-    x [B, C, H, W], weight [O, C, 1, 1], bias [O]; returns [B, O, H, W]. Unlike `F.conv2d` it takes maps with H or W
-    of 0. Raises `BlockError` for an input that is not a map with C channels.
+    x [B, C, H, W], weight [O, C, 1, 1], bias [O]; returns [B, O, H, W], channels last where x is. Unlike `F.conv2d` it
+    takes maps with H or W of 0. Raises `BlockError` for an input that is not a map with C channels.
     """
     _check_map(x, weight.shape[1])
-    if x.shape[2] == 0 or x.shape[3] == 0:
-        empty = torch.einsum("bchw,oc->bohw", x, weight[:, :, 0, 0])  # the weights stay part of the graph
-        return empty if bias is None else empty + bias.to(empty.dtype)[:, None, None]
-    return F.conv2d(x, weight, bias)
+    dtype = product_dtype(x)
+    if dtype != x.dtype:
+        with no_autocast(x):
+            return _pointwise(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
+    return _pointwise(x, weight, bias)
+
+
+def pointwise_each(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """Several 1x1 convolutions of one map as one product, which reads the map once. As `pointwise`, for each."""
+    bias = None
+    with no_autocast(x):  # which refuses to join half-precision tensors on the CPU
+        weight = torch.cat(list(weights))
+        if any(part is not None for part in biases):
+            pairs = zip(weights, biases, strict=True)
+            bias = torch.cat([part.new_zeros(len(part)) if own is None else own for part, own in pairs])
+    return pointwise(x, weight, bias).split([len(part) for part in weights], dim=1)
+
+
+def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    weight = weight[:, :, 0, 0]
+    if x.stride(1) == 1:  # channels last
+        return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+    columns, weight = x.flatten(2), weight.expand(x.shape[0], -1, -1)
+    out = torch.bmm(weight, columns) if bias is None else torch.baddbmm(bias[:, None], weight, columns)
+    return out.unflatten(2, x.shape[2:])
 
 
 def _check_map(x: Tensor, channels: int) -> None:
@@ -111,9 +134,12 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def merge_heads(rows: Tensor, like: Tensor) -> Tensor:
-    """Rows of positions [B, h, N, D] as a map [B, h*D, H, W], with H and W those of `like`."""
+    """Rows of positions [B, h, N, D] as a map [B, h*D, H, W], with H and W those of `like`: a view where possible."""
     b, heads, _, size = rows.shape
-    return rows.transpose(2, 3).reshape(b, heads * size, like.shape[2], like.shape[3])
+    height, width = like.shape[2:]
+    if rows.stride(-1) == 1 and like.stride(1) == 1:  # to channels last
+        return rows.transpose(1, 2).reshape(b, height, width, heads * size).permute(0, 3, 1, 2)
+    return rows.transpose(2, 3).reshape(b, heads * size, height, width)
 
 
 def gated_residual(x: Tensor, branch: Tensor, gamma: Tensor) -> Tensor:

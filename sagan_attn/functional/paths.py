@@ -19,9 +19,10 @@ __all__ = ["PATHS", "Path", "attend", "obstacle_to"]
 Path = Literal["auto", "materialised", "chunked", "factored", "sdpa", "sdpa_padded", "flex"]
 PATHS = get_args(Path)
 
-# From so many scores (B*h*N*M) on "auto" is chunked, as measured by `python -m sagan_attn bench block` (benchmarks/):
-# "plain" is softmax attention of dot products, which `chunks.py` serves, and "any" the rest, through checkpoints.
-CHUNKED_FROM = {"plain": 2**20, "any": 2**24}
+# From so many scores (B*h*N*M) on "auto" is chunked: as measured by `python -m sagan_attn bench block` on two cores
+# (benchmarks/block_cpu.json), for softmax of dot products and values up to NARROW wide, and for all else.
+CHUNKED_FROM_NARROW, NARROW = 2**23, 128
+CHUNKED_FROM = 2**24
 CHUNK_SCORES = 2**22  # held at a time through checkpoints
 CHUNK_ROWS = 64  # fewer queries at a time waste the multiplication, so rather fewer samples
 
@@ -62,19 +63,21 @@ def attend(
     if path not in PATHS:
         raise BlockError(f"path ({path!r}) must be one of {', '.join(PATHS)}")
     if path == "auto":
-        path = _chosen(query, key, dropout, how)
+        path = _chosen(query, key, value, dropout, how)
     elif obstacle := obstacle_to(path, dropout, how) or _obstacle_here(path, query, key, value):
         raise BlockError(f"path {path!r} cannot serve {obstacle}")
     return _WAYS[path](query, key, value, scale, dropout, how)
 
 
-def _chosen(query: Tensor, key: Tensor, dropout: float, how: Mapping[str, Any]) -> Path:
+def _chosen(query: Tensor, key: Tensor, value: Tensor, dropout: float, how: Mapping[str, Any]) -> Path:
     if not obstacle_to("factored", dropout, how):
         return "factored"
     if torch.compiler.is_exporting() or query.is_meta:  # no memory to save there
         return "materialised"
-    rule = "any" if _obstacle_to_groups(dropout, how) else "plain"
-    return "chunked" if _scores(query, key, how) >= CHUNKED_FROM[rule] else "materialised"
+    narrow = value.shape[-1] <= NARROW and not _obstacle_to_groups(dropout, how)
+    return (
+        "chunked" if _scores(query, key, how) >= (CHUNKED_FROM_NARROW if narrow else CHUNKED_FROM) else "materialised"
+    )
 
 
 def _scores(query: Tensor, key: Tensor, how: Mapping[str, Any]) -> int:
@@ -95,9 +98,8 @@ def obstacle_to(path: Path, dropout: float, how: Mapping[str, Any]) -> str | Non
     if dropout and path in ("factored", "flex"):
         return "dropout of weights"
     lens, mask = how.get("valid_lens"), how.get("mask")
-    if path == "factored" and (
-        (lens is not None and lens.dim() > 1) or (mask is not None and mask.dim() == 4 and mask.shape[2] > 1)
-    ):
+    for_each = _has_rows(lens) or (isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[2] > 1)
+    if path == "factored" and for_each:
         return "a mask that differs from query to query"
     if path == "flex" and (lens is not None or mask is not None):
         return "masks"
@@ -139,8 +141,12 @@ def _chunked(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: f
 
 def _obstacle_to_groups(dropout: float, how: Mapping[str, Any]) -> bool:
     """Whether chunks have to go through checkpoints, because `chunked_attention` does not know what is asked."""
-    lens = how.get("valid_lens")
-    return bool(obstacle_to("sdpa", dropout, how)) or dropout > 0 or (lens is not None and lens.dim() > 1)
+    return bool(obstacle_to("sdpa", dropout, how)) or dropout > 0 or _has_rows(how.get("valid_lens"))
+
+
+def _has_rows(lens: Any) -> bool:
+    """Whether there is a length for each query. What is no tensor is refused where it is used."""
+    return isinstance(lens, Tensor) and lens.dim() > 1
 
 
 def _through_checkpoints(
@@ -159,10 +165,9 @@ def _through_checkpoints(
     done = []
     for i in (slice(start, start + samples) for start in range(0, b, samples)):
         parts = (slice(start, start + rows) for start in range(0, n, rows))
-        done.append(
-            torch.cat([run(query[i, :, j], key[i], value[i], scale, dropout, _part(how, i, j)) for j in parts], dim=2)
-        )
-    return torch.cat(done)
+        done.append([run(query[i, :, j], key[i], value[i], scale, dropout, _part(how, i, j)) for j in parts])
+    with no_autocast(query):  # which refuses to join half-precision tensors on the CPU
+        return torch.cat([torch.cat(outputs, dim=2) for outputs in done])
 
 
 def _part(how: Mapping[str, Any], samples: slice, rows: slice) -> dict[str, Any]:

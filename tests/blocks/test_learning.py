@@ -100,7 +100,7 @@ def test_every_parameter_learns(case: Case):
     for name, parameter in block.named_parameters():
         moved = (parameter.detach() - before[name]).abs()
         if name in WITHOUT_EFFECT.get(case.id, {}):
-            assert moved.max() < 1e-6, name
+            assert moved.max() < 1e-5, name  # rounding, which Adam makes much of
         elif name.endswith("_rel"):  # maps smaller than the table leave some offsets out
             assert moved.amax(dim=0).min() > 1e-5, name
         elif case.name == "context-max" and name == "expand.weight":  # a negative one is not at work at the maximum

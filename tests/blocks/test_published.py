@@ -63,7 +63,7 @@ def test_timm_non_local(channels: int, size: tuple[int, int], training: bool):
     assert ours.norm.num_batches_tracked == theirs.norm.num_batches_tracked == int(training)
 
     single = ours.float()(x.detach().float())
-    torch.testing.assert_close(single, theirs.float()(x.detach().float()), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(single, theirs.float()(x.detach().float()), rtol=1e-5, atol=3e-5)
 
 
 def test_timm_non_local_widths():
