@@ -19,10 +19,11 @@ __all__ = ["PATHS", "Path", "attend", "obstacle_to"]
 Path = Literal["auto", "materialised", "chunked", "factored", "sdpa", "sdpa_padded", "flex"]
 PATHS = get_args(Path)
 
-# From so many scores (B*h*N*M) on "auto" is chunked: as measured by `python -m sagan_attn bench block` on two cores
-# (benchmarks/block_cpu.json), for softmax of dot products and values up to NARROW wide, and for all else.
-CHUNKED_FROM_NARROW, NARROW = 2**23, 128
-CHUNKED_FROM = 2**24
+# The rule of "auto", as measured by `python -m sagan_attn bench block` on two cores (benchmarks/block_cpu.json): from
+# so many scores (B*h*N*M) on it is chunked, softmax of dot products by `chunks.py` and the rest through checkpoints;
+CHUNKED_FROM = {"dot": 2**23, "any": 2**24}
+# but without gradients, for values up to so wide and so many scores a map, torch's fused kernel is as fast or faster.
+PADDED_WIDTH, PADDED_FROM = 64, 2**24
 CHUNK_SCORES = 2**22  # held at a time through checkpoints
 CHUNK_ROWS = 64  # fewer queries at a time waste the multiplication, so rather fewer samples
 
@@ -54,8 +55,9 @@ def attend(
             to the width of the values, or the other way round, and all in rows, as its fused kernels want it. For
             softmax of dot products without position. Second derivatives are refused by torch where a fused kernel ran.
             "flex": torch's compiled FlexAttention; as "sdpa", without masks and dropout, and on the CPU for inference.
-            "auto": factored where that serves, chunked for many scores, else materialised; `torch.export` gets
-            no chunks, because its graphs serve other backends too.
+            "auto": factored where that serves, chunked for many scores (or "sdpa_padded", for narrow values without
+            gradients on the CPU), else materialised; `torch.export` gets no chunks, because its graphs serve other
+            backends too.
 
     Raises:
         BlockError: an unknown path, or one that cannot serve what is asked; see also `attention_weights`.
@@ -74,10 +76,14 @@ def _chosen(query: Tensor, key: Tensor, value: Tensor, dropout: float, how: Mapp
         return "factored"
     if torch.compiler.is_exporting() or query.is_meta:  # no memory to save there
         return "materialised"
-    narrow = value.shape[-1] <= NARROW and not _obstacle_to_groups(dropout, how)
-    return (
-        "chunked" if _scores(query, key, how) >= (CHUNKED_FROM_NARROW if narrow else CHUNKED_FROM) else "materialised"
-    )
+    scores = _scores(query, key, how)
+    if _obstacle_to_groups(dropout, how):
+        return "chunked" if scores >= CHUNKED_FROM["any"] else "materialised"
+    if scores < CHUNKED_FROM["dot"]:
+        return "materialised"
+    inference = query.device.type == "cpu" and not torch.is_grad_enabled()
+    padded = inference and value.shape[-1] <= PADDED_WIDTH and query.shape[2] * key.shape[2] >= PADDED_FROM
+    return "sdpa_padded" if padded else "chunked"
 
 
 def _scores(query: Tensor, key: Tensor, how: Mapping[str, Any]) -> int:
