@@ -13,7 +13,10 @@ from sagan_attn.errors import ConfigError, SaganAttnError
 __all__ = ["COMMANDS", "main"]
 
 # Each is a module of sagan_attn.commands, imported when it is asked for.
-COMMANDS = {"sites": "where a block can go in a model, and what it would cost there"}
+COMMANDS = {
+    "sites": "where a block can go in a model, and what it would cost there",
+    "bench": "how long attention takes and how much memory, beside what would be used instead",
+}
 
 
 class Parser(argparse.ArgumentParser):
