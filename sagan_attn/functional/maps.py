@@ -12,7 +12,7 @@ from sagan_attn.functional.precision import no_autocast, product_dtype
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """1x1 convolution of a map, as a product of matrices.
+    """1x1 convolution of a map.
 
     x [B, C, H, W], weight [O, C, 1, 1], bias [O]; returns [B, O, H, W], channels last where x is. Unlike `F.conv2d` it
     takes maps with H or W of 0. Raises `BlockError` for an input that is not a map with C channels.
@@ -37,12 +37,9 @@ def pointwise_each(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor
 
 
 def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    weight = weight[:, :, 0, 0]
-    if x.stride(1) == 1:  # channels last
-        return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
-    columns, weight = x.flatten(2), weight.expand(x.shape[0], -1, -1)
-    out = torch.bmm(weight, columns) if bias is None else torch.baddbmm(bias[:, None], weight, columns)
-    return out.unflatten(2, x.shape[2:])
+    if x.stride(1) == 1 or x.numel() == 0:  # channels last: one product of matrices, without a copy
+        return F.linear(x.permute(0, 2, 3, 1), weight[:, :, 0, 0], bias).permute(0, 3, 1, 2)
+    return F.conv2d(x, weight, bias)
 
 
 def _check_map(x: Tensor, channels: int) -> None:

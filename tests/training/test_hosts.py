@@ -11,7 +11,9 @@ from sagan_attn.errors import ConfigError
 from sagan_attn.training.hosts import HostConfig, build_host, find_head, host_preprocess
 
 
-@pytest.mark.parametrize("name", ["lookup-cnn", "resnet20", "torchvision/resnet18", "timm/resnet10t", "convnext_atto"])
+@pytest.mark.parametrize(
+    "name", ["lookup-cnn", "resnet9", "resnet20", "torchvision/resnet18", "timm/resnet10t", "convnext_atto"]
+)
 def test_host_has_as_many_outputs_as_classes(name):
     model = build_host(HostConfig(name), num_classes=7)
     assert model(torch.rand(2, 3, 48, 48)).shape == (2, 7)
@@ -23,6 +25,30 @@ def test_resnet20_has_the_parameters_of_the_paper():
     projections = 16 * 32 + 2 * 32 + 32 * 64 + 2 * 64
     model = build_host(HostConfig("resnet20"), num_classes=10)
     assert sum(p.numel() for p in model.parameters()) == 269_722 + projections
+
+
+def test_resnet9_is_that_of_cifar10_fast():
+    model = build_host(HostConfig("resnet9"), num_classes=10)
+    shapes = {}
+    for site in ("stem", "layer1", "layer2", "layer3"):
+        model.get_submodule(site).register_forward_hook(
+            lambda module, args, output, site=site: shapes.update({site: tuple(output.shape[1:])})
+        )
+    model(torch.rand(2, 3, 32, 32))
+    assert shapes == {"stem": (64, 32, 32), "layer1": (128, 16, 16), "layer2": (256, 8, 8), "layer3": (512, 4, 4)}
+    convolutions = [(3, 64), (64, 128), (128, 128), (128, 128), (128, 256), (256, 512), (512, 512), (512, 512)]
+    expected = sum(9 * i * o + 2 * o for i, o in convolutions) + 512 * 10
+    assert sum(p.numel() for p in model.parameters()) == expected
+    residual = model.layer1.residual
+    x = torch.rand(2, 128, 16, 16)
+    assert torch.equal(residual.eval()(x), x + residual[1](residual[0](x)))
+
+
+def test_resnet9_options():
+    model = build_host(HostConfig("resnet9", options={"width": 8, "stem_stride": 2}), num_classes=10)
+    assert model.stem(torch.rand(1, 3, 32, 32)).shape == (1, 8, 16, 16)
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+    assert model.head.in_features == 64
 
 
 def test_lookup_host_sees_12_pixels_only():
@@ -75,6 +101,9 @@ def test_local_weights_load_without_the_head(tmp_path):
         (HostConfig("timm/resnet10t", weights="nowhere.pt"), "there is no file nowhere.pt"),
         (HostConfig("timm/resnet10t", options={"widht": 3}), "is refused: .*widht"),
         (HostConfig("resnet20", options={"width": 3}), "has no options, got width"),
+        (HostConfig("resnet9", options={"depth": 3}), "has the options width, stem_stride, got depth"),
+        (HostConfig("resnet9", options={"width": 0}), r"host.options.width \(0\) must be a whole number of at least 1"),
+        (HostConfig("resnet9", options={"stem_stride": 3}), r"host.options.stem_stride \(3\) must be 1 or 2"),
     ],
 )
 def test_refusals(config, message):

@@ -122,6 +122,24 @@ def test_onecycle_peaks_after_the_warm_up_and_ends_near_0(warmup):
     assert rates[-1] < 1e-4
 
 
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_linear_rises_and_falls_in_lines(warmup):
+    optimizer = torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (1.0, 10.0)])
+    schedule = create_schedule(optimizer, ScheduleConfig("linear", warmup_epochs=warmup), epochs=10, steps=100)
+    rates = []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        assert optimizer.param_groups[1]["lr"] == pytest.approx(10 * rates[-1])
+        optimizer.step()
+        schedule.step()
+    rise = max(10 * warmup, 1)
+    expected = [(s + 1) / rise if s < 10 * warmup else (100 - s) / (100 - 10 * warmup) for s in range(100)]
+    assert rates == pytest.approx(expected)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates[-1] < 0.02
+    assert optimizer.param_groups[0]["lr"] == 0
+
+
 def test_a_warm_up_as_long_as_training_is_refused():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     with pytest.raises(ConfigError, match=r"warmup_epochs \(5\) must lie in \[0, 5\)"):
