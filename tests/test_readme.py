@@ -1,5 +1,6 @@
 """Every code block of the README works, and says the same as the configs and the CI script."""
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -60,6 +61,16 @@ def test_every_config_and_block_is_in_the_readme():
     )
     for name in block_names():
         assert f"`{name}`" in TEXT
+
+
+def test_the_measured_tables_are_those_of_the_files():
+    spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "benchmarks" / "readme.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    start, end = tables.MARKS
+    assert TEXT.split(start)[1].split(end)[0].strip() == tables.measured().strip()
 
 
 def test_files_are_there():

@@ -1,0 +1,160 @@
+"""Write the tables of README's "Measured" from the JSON files beside this one.
+
+    python benchmarks/readme.py
+
+What stands between the two marks in README.md is replaced; a file that is not there leaves its lines out.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+MARKS = "<!-- measured: written by benchmarks/readme.py -->", "<!-- /measured -->"
+
+
+def read(name: str) -> dict[str, Any] | None:
+    path = HERE / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def measured() -> str:
+    """What goes between the marks."""
+    return "\n".join([*_block(), *_scaling(), *_steps(), *_others()])
+
+
+def _where(content: dict[str, Any]) -> str:
+    machine = content["machine"]
+    names = machine["gpu"] or f"{machine['threads']} cores of an {machine['cpu']} ({machine['cpu_capability']})"
+    return f"{names}, torch {machine['versions']['torch']}, {machine['date'][:10]}"
+
+
+def _block() -> Iterator[str]:
+    for name in ("block_cpu", "block_cpu_bf16", "block_cuda"):
+        content = read(name)
+        if content is None:
+            continue
+        for dtype in dict.fromkeys(case["dtype"] for case in content["cases"]):
+            cases = [case for case in content["cases"] if case["dtype"] == dtype and "sagan" in case["peers"]]
+            yield f"The `sagan` block forward and backward, {dtype}, milliseconds ({_where(content)};"
+            yield f"`benchmarks/{name}.json`). In brackets how many times as fast as the fastest peer of the same form,"
+            yield "and as the usual block of `bmm`:"
+            yield ""
+            sides = list(dict.fromkeys((case["batch"], case["height"], case["width"]) for case in cases))
+            yield "| channels | " + " | ".join(f"{b} maps of {h} x {w}" for b, h, w in sides) + " |"
+            yield "|---" * (len(sides) + 1) + "|"
+            for channels in dict.fromkeys(case["channels"] for case in cases):
+                cells = []
+                for side in sides:
+                    found = [
+                        case
+                        for case in cases
+                        if case["channels"] == channels
+                        and case["backward"]
+                        and (case["batch"], case["height"], case["width"]) == side
+                    ]
+                    cells.append(_cell(found[0]) if found else "-")
+                yield f"| {channels} | " + " | ".join(cells) + " |"
+            yield ""
+
+
+def _cell(case: dict[str, Any]) -> str:
+    ours = case["peers"]["sagan"]
+    speeds = (ours["speed_over_best_peer"], ours["speed_over_plain"])
+    return f"{ours['ms']['median']:.3g} ({', '.join('-' if s is None else f'{s:.2f}' for s in speeds)})"
+
+
+def _scaling() -> Iterator[str]:
+    content = read("scaling_cpu")
+    if content is None:
+        return
+    yield f"Time and peak memory of one map of 64 channels, forward and backward ({_where(content)};"
+    yield "`benchmarks/scaling_cpu.json`):"
+    yield ""
+    names = ("sagan", "plain")
+    yield "| map | " + " | ".join(f"{name}, ms | {name}, MB" for name in names) + " |"
+    yield "|---" * 5 + "|"
+    for case in content["cases"]:
+        cells = []
+        for name in names:
+            peer = case["peers"].get(name)
+            cells += ["-", "-"] if peer is None else [f"{peer['ms']['median']:.3g}", f"{peer['peak_bytes'] / 1e6:.1f}"]
+        yield f"| {case['height']} x {case['width']} | " + " | ".join(cells) + " |"
+    yield ""
+    for dtype, fitted in content["exponents"].items():
+        words = [
+            f"{n}: time N^{fitted[n]['time']:.2f}, memory N^{fitted[n]['memory']:.2f}" for n in names if n in fitted
+        ]
+        yield f"Fitted from 64 x 64 on, {dtype}: {'; '.join(words)}."
+    yield ""
+
+
+def _steps() -> Iterator[str]:
+    content = read("step_cpu")
+    if content is None:
+        return
+    yield f"A training step in float32, and one image in eval mode ({_where(content)}; `benchmarks/step_cpu.json`):"
+    yield ""
+    yield "| host, grafts after | batch | step, ms | with grafts | peak memory | one image: host, grafted, fused, ms |"
+    yield "|---" * 6 + "|"
+    for case in content["cases"]:
+        step, over, memory = case["step_ms"], case["grafted_over_host"], case["peak_bytes"]
+        looks = ", ".join(f"{ms['median']:.3g}" for ms in case["latency_ms"].values())
+        yield (
+            f"| {case['preset']}, `{'`, `'.join(case['at'])}` | {case['batch']} | {step['host']['median']:.4g} | "
+            f"{step['grafted']['median']:.4g} ({over:.2f} times) | {memory['host'] / 1e6:,.0f} MB, "
+            f"{memory['grafted'] / 1e6:,.0f} MB | {looks} |"
+        )
+    yield ""
+
+
+def _others() -> Iterator[str]:
+    yield "| what | figure | file |"
+    yield "|---|---|---|"
+    if content := read("cifar10_resnet20"):
+        host, grafted = content["rows"][:2]
+        yield (
+            f"| ResNet-20 on {content['data']}, {content['epochs']} epochs, one seed, test accuracy of the last one | "
+            f"host alone {host['test_accuracy']:.3f}; with `sagan` after `layer2` {grafted['test_accuracy']:.3f}: not "
+            "distinguishable at one seed | `benchmarks/cifar10_resnet20.json` |"
+        )
+    if content := read("grafts_alone"):
+        sizes, accuracy = content["bytes"], content["test_accuracy"]
+        same = all(content["bit_identical"].values())
+        yield (
+            f"| That host, its grafts trained alone for an epoch and saved alone: test accuracy "
+            f"{accuracy['host']:.3f}, then {accuracy['host and grafts']:.3f} | {sizes['grafts']:,} bytes beside a "
+            f"checkpoint of {sizes['host checkpoint']:,}; loaded onto a fresh host, "
+            f"{'bit-identical' if same else 'other'} logits on all {content['test_images']:,} test images | "
+            "`benchmarks/grafts_alone.json` |"
+        )
+    if content := read("data_cpu"):
+        for part, words in (("held", "held in memory"), ("streamed", "decoded anew")):
+            found = content["results"].get(part)
+            if found is not None:
+                rates = [f"{name} {rate['median']:,.0f}" for name, rate in found["images_per_second"].items()]
+                yield f"| images a second of the data path, {words} | {', '.join(rates)} | `benchmarks/data_cpu.json` |"
+    if content := read("lightning_overhead"):
+        words = [
+            f"{values['ratio']['median']:.2f} ({values['ratio']['min']:.2f} to {values['ratio']['max']:.2f}) at "
+            f"{values['ms_per_step']['bare']['median']:.0f} ms a step"
+            for values in content.values()
+            if isinstance(values, dict) and "ratio" in values
+        ]
+        yield (
+            "| Lightning's overhead, an epoch of `fit` over a bare loop that ends with the same weights bit for bit | "
+            f"{', '.join(words)} | `benchmarks/lightning_overhead.json` |"
+        )
+
+
+def main() -> None:
+    text = README.read_text(encoding="utf-8")
+    before, rest = text.split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    README.write_text(f"{before}{MARKS[0]}\n\n{measured()}\n\n{MARKS[1]}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
