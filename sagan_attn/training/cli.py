@@ -15,7 +15,7 @@ import lightning as L
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -28,6 +28,8 @@ from sagan_attn.training.data import ImageData
 from sagan_attn.training.hosts import host_preprocess
 from sagan_attn.training.logger import EpochCSV
 from sagan_attn.training.module import ClassifierModule
+from sagan_attn.training.profiler import NoProfiler
+from sagan_attn.training.progress import SecondBar
 from sagan_attn.training.run import RunPaths, read_checkpoint
 
 __all__ = ["SaganCLI", "best_precision", "main"]
@@ -164,7 +166,9 @@ class SaganCLI(LightningCLI):
             callbacks += checkpoint_callbacks(paths)
             kwargs["plugins"] = [*_listed(trainer.plugins), WholeFileIO()]
         if trainer.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
-            callbacks.append(RichProgressBar(refresh_rate=20, leave=True))  # not redrawn for every batch
+            callbacks.append(SecondBar())
+        if trainer.profiler is None:
+            kwargs["profiler"] = NoProfiler()
         if trainer.enable_model_summary is None:
             kwargs["enable_model_summary"] = False  # it does not know attention's FLOPs; ours says host and grafts
         if trainer.logger in (None, True):

@@ -1,8 +1,7 @@
-"""Hosts by name: torchvision's and timm's models, CIFAR ResNets, and the small CNN of the `lookup` data."""
+"""Hosts by name: torchvision's and timm's models, and those of `small_hosts`."""
 
 import difflib
 import functools
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +13,9 @@ from torch import nn
 from sagan_attn.errors import ConfigError
 from sagan_attn.surgery import grafts_of
 from sagan_attn.training.data import Preprocess
+from sagan_attn.training.small_hosts import SMALL_HOSTS, small_host
 
 __all__ = ["HostConfig", "build_host", "find_head", "host_preprocess"]
-
-CIFAR_DEPTHS = (20, 32, 44, 56, 110)
 
 
 @dataclass(frozen=True)
@@ -25,8 +23,8 @@ class HostConfig:
     """A CNN by name.
 
     Args:
-        name: "lookup-cnn"; "resnet20", 32, 44, 56 or 110 (the CIFAR ResNets); "torchvision/<name>"; "timm/<name>".
-            The prefix may be left out where only one library has that name.
+        name: "lookup-cnn"; "resnet9" (made for speed); "resnet20", 32, 44, 56 or 110 (the CIFAR ResNets);
+            "torchvision/<name>"; "timm/<name>". The prefix may be left out where only one library has that name.
         pretrained: load the library's pretrained weights (downloaded on first use) and give the model a new head.
         weights: a file of weights instead, .safetensors or .pt/.pth holding a state dict; a head with another number
             of classes is left as initialised.
@@ -55,7 +53,7 @@ def build_host(config: HostConfig, num_classes: int, in_channels: int = 3) -> nn
         raise ConfigError(f"pretrained does not go with {other}")
     try:
         if library == "own":
-            model = _own(name, num_classes, in_channels, config.options)
+            model = small_host(name, num_classes, in_channels, **config.options)
         elif library == "timm":
             import timm
 
@@ -93,10 +91,9 @@ def find_head(model: nn.Module) -> nn.Module:
 
 def _resolve(name: str) -> tuple[str, str]:
     """Library ("own", "torchvision" or "timm") and name in it."""
-    own = ["lookup-cnn", *(f"resnet{depth}" for depth in CIFAR_DEPTHS)]
     prefix, slash, rest = name.partition("/")
     if not slash:
-        if name in own:
+        if name in SMALL_HOSTS:
             return "own", name
         prefix, rest = "", name
     elif prefix not in ("torchvision", "timm"):
@@ -108,7 +105,7 @@ def _resolve(name: str) -> tuple[str, str]:
         return found[0], rest
     if found:
         raise ConfigError(f"host {name!r} exists in two libraries: say torchvision/{name} or timm/{name}")
-    everything = [*own, *(f"{library}/{n}" for library, names in known.items() for n in names)]
+    everything = [*SMALL_HOSTS, *(f"{library}/{n}" for library, names in known.items() for n in names)]
     near = difflib.get_close_matches(name, everything) or difflib.get_close_matches(
         rest, [n for names in known.values() for n in names]
     )
@@ -196,70 +193,6 @@ def _load_weights(model: nn.Module, path: Path, num_classes: int) -> None:
         )
     fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     model.load_state_dict(fitting, strict=False)
-
-
-def _own(name: str, num_classes: int, in_channels: int, options: dict[str, Any]) -> nn.Module:
-    if options:
-        raise ConfigError(f"host {name!r} has no options, got {', '.join(options)}")
-    if name == "lookup-cnn":
-        return lookup_cnn(num_classes, in_channels)
-    return cifar_resnet(int(name.removeprefix("resnet")), num_classes, in_channels)
-
-
-def lookup_cnn(num_classes: int, in_channels: int = 3) -> nn.Module:
-    """The host of the `lookup` data: no output sees more than 12 x 12 pixels until the global average.
-
-    Patches of 4 x 4 pixels to 64 channels, one 3 x 3 convolution to 128, two 1 x 1 convolutions, global average,
-    linear head. Input [B, in_channels, H, W], output [B, num_classes].
-    """
-
-    def layer(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Module:
-        conv = nn.Conv2d(inputs, outputs, size, stride, padding=0 if stride > 1 else size // 2, bias=False)
-        return nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm2d(outputs), act=nn.ReLU(inplace=True)))
-
-    return nn.Sequential(
-        OrderedDict(
-            patches=layer(in_channels, 64, 4, stride=4),
-            local=layer(64, 128, 3),
-            mix1=layer(128, 128, 1),
-            mix2=layer(128, 128, 1),
-            pool=nn.AdaptiveAvgPool2d(1),
-            flatten=nn.Flatten(),
-            head=nn.Linear(128, num_classes),
-        )
-    )
-
-
-def cifar_resnet(depth: int, num_classes: int, in_channels: int = 3) -> nn.Module:
-    """The ResNet for 32 x 32 images: 6n+2 layers in three stages `layer1..3` of 16, 32 and 64 channels.
-
-    Source: He et al., 2015 (arXiv:1512.03385), section 4.2, with projection instead of zero-padded shortcuts, on
-    torchvision's BasicBlock.
-    """
-    from torchvision.models.resnet import BasicBlock
-
-    blocks = (depth - 2) // 6
-    widths = (16, 16, 32, 64)
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
-    layers["conv1"] = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
-    layers["bn1"] = nn.BatchNorm2d(16)
-    layers["relu"] = nn.ReLU(inplace=True)
-    for stage in (1, 2, 3):
-        before, width = widths[stage - 1], widths[stage]
-        stride = 1 if stage == 1 else 2
-        shortcut = None
-        if before != width:
-            shortcut = nn.Sequential(nn.Conv2d(before, width, 1, stride, bias=False), nn.BatchNorm2d(width))
-        first = BasicBlock(before, width, stride, shortcut)
-        layers[f"layer{stage}"] = nn.Sequential(first, *(BasicBlock(width, width) for _ in range(blocks - 1)))
-    layers["pool"] = nn.AdaptiveAvgPool2d(1)
-    layers["flatten"] = nn.Flatten()
-    layers["fc"] = nn.Linear(64, num_classes)
-    model = nn.Sequential(layers)
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return model
 
 
 def host_preprocess(config: HostConfig) -> Preprocess | None:

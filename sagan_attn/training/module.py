@@ -12,7 +12,9 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from sagan_attn.errors import CheckpointError, ConfigError
 from sagan_attn.surgery import Grafts, grafts_of
+from sagan_attn.training.compiling import check_compile
 from sagan_attn.training.hosts import HostConfig, find_head
+from sagan_attn.training.mean import ImageMean
 from sagan_attn.training.network import GraftConfig, build_network
 from sagan_attn.training.optim import OptimizerConfig, ScheduleConfig, create_optimizer, create_schedule
 
@@ -38,7 +40,8 @@ class ClassifierModule(L.LightningModule):
         freeze_host: train the grafts and the head alone; the host's batch norms stay in eval mode.
         channels_last: keep maps in channels-last memory format, the faster one for convolutions on most devices.
         compile: compile the network with torch.compile.
-        compile_mode: of torch.compile, such as "max-autotune"; None for its default.
+        compile_mode: of torch.compile: "default", "reduce-overhead" (CUDA graphs), "max-autotune" (with them too) or
+            "max-autotune-no-cudagraphs"; None for its default.
 
     Raises:
         ConfigError: options that contradict the data or each other.
@@ -62,8 +65,7 @@ class ClassifierModule(L.LightningModule):
         super().__init__()
         if not 0 <= label_smoothing < 1:
             raise ConfigError(f"label_smoothing ({label_smoothing}) must lie in [0, 1)")
-        if compile_mode is not None and not compile:
-            raise ConfigError(f"compile_mode ({compile_mode!r}) needs compile: true")
+        check_compile(compile, compile_mode)
         self.host = host
         self.graft_configs = list(grafts or [])
         self.optimizer_config = optimizer
@@ -75,7 +77,15 @@ class ClassifierModule(L.LightningModule):
         self.compile_network = compile
         self.compile_mode = compile_mode
         self._first_gammas: dict[str, float] = {}
+        self.train_loss = ImageMean()
         self.test_outputs: list[tuple[Tensor, Tensor]] = []
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning notes here which hook is under way, some forty times a step; a module's own way takes far longer
+        if name == "_current_fx_name":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def configure_model(self) -> None:
         if hasattr(self, "network"):
@@ -136,9 +146,9 @@ class ClassifierModule(L.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
         loss = F.cross_entropy(self(images).float(), labels, label_smoothing=self.label_smoothing)
-        self.log(
-            "train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(images), sync_dist=True
-        )
+        if batch_idx == 0:  # not in on_train_epoch_start: Lightning leaves it out when a run goes on
+            self.train_loss.reset()
+        self.train_loss.add(loss, len(images))  # logged once an epoch
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -166,6 +176,7 @@ class ClassifierModule(L.LightningModule):
         epochs = self.trainer.max_epochs
         if epochs is None or epochs < 1:
             raise ConfigError("trainer.max_epochs must be given, at least 1: the learning rate is planned over it")
+        check_compile(self.compile_network, self.compile_mode, self.trainer.accumulate_grad_batches)
         steps = int(self.trainer.estimated_stepping_batches)
         if steps < 1:
             raise ConfigError("there is nothing to train: the trainer's limits leave 0 training batches")
@@ -186,7 +197,15 @@ class ClassifierModule(L.LightningModule):
             warnings.filterwarnings("ignore", message="Found .* in eval mode at the start of training")
         self._first_gammas = {name: gamma.item() for name, gamma in self.grafts.gammas().items()}
 
+    def on_train_start(self) -> None:
+        # configure_optimizers had the loader made before the checkpoint was read: where it stopped is told to it here
+        self.trainer.fit_loop._load_combined_loader_states()
+
     def on_train_epoch_end(self) -> None:
+        loss, images = self.train_loss.mean(), self.train_loss.images
+        if loss is not None:  # batch_size: processes count by their images
+            self.log("train/loss", loss.to(self.device), prog_bar=True, batch_size=images, sync_dist=True)
+        self.train_loss.reset()
         gammas = {name: gamma.item() for name, gamma in self.grafts.gammas().items()}
         for name, gamma in gammas.items():
             self.log(f"gamma/{name.removesuffix('.gamma')}", gamma, rank_zero_only=True)
@@ -208,8 +227,15 @@ class ClassifierModule(L.LightningModule):
             )
         self.test_outputs = []
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        total = self.train_loss.total(self.device)
+        checkpoint["train_loss"] = self.trainer.strategy.reduce(total, reduce_op="sum").cpu()
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_fit(self.state_dict(), checkpoint.get("state_dict", {}), "the checkpoint")
+        self.train_loss.reset()
+        if "train_loss" in checkpoint:  # of all processes, which see as many images each
+            self.train_loss.restore(checkpoint["train_loss"] / self.trainer.world_size)
 
 
 def check_fit(own: dict[str, Tensor], state: dict[str, Tensor], what: str) -> None:

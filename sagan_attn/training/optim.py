@@ -46,13 +46,13 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The learning rate over training, stepped every update: up over `warmup_epochs`, then down along a cosine to 0.
+    """The learning rate over training, stepped every update: up over `warmup_epochs`, then down to 0.
 
-    "cosine" rises in a line from 0 (timm's); "onecycle" rises along a cosine from 1/25 (torch's, after Smith and Topin
-    2018; the momentum is not cycled).
+    "cosine" rises in a line from 0 and falls along a cosine (timm's); "onecycle" rises along a cosine from 1/25 and
+    falls along one (torch's, after Smith and Topin 2018; the momentum is not cycled); "linear" does both in a line.
     """
 
-    name: Literal["cosine", "onecycle"] = "cosine"
+    name: Literal["cosine", "onecycle", "linear"] = "cosine"
     warmup_epochs: float = 0.0
 
 
@@ -117,6 +117,11 @@ def create_schedule(optimizer: optim.Optimizer, config: ScheduleConfig, epochs: 
         rise = max(config.warmup_epochs / epochs, 2 / steps)
         return optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps, pct_start=rise, cycle_momentum=False)
     warmup_steps = round(steps * config.warmup_epochs / epochs)
+    if config.name == "linear":
+        rise, fall = max(warmup_steps, 1), max(steps - warmup_steps, 1)
+        return optim.lr_scheduler.LambdaLR(
+            optimizer, lambda update: max(0.0, min((update + 1) / rise, (steps - update) / fall))
+        )
     scheduler, _ = create_scheduler_v2(  # told an update is an epoch: it then takes any warm-up, in whole updates
         optimizer,
         sched="cosine",
