@@ -31,6 +31,12 @@ def _where(content: dict[str, Any]) -> str:
     return f"{names}, torch {machine['versions']['torch']}, {machine['date'][:10]}"
 
 
+def _ms(summary: dict[str, float]) -> str:
+    """The median, to three figures."""
+    value = summary["median"]
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _block() -> Iterator[str]:
     for name in ("block_cpu", "block_cpu_bf16", "block_cuda"):
         content = read(name)
@@ -63,15 +69,15 @@ def _block() -> Iterator[str]:
 def _cell(case: dict[str, Any]) -> str:
     ours = case["peers"]["sagan"]
     speeds = (ours["speed_over_best_peer"], ours["speed_over_plain"])
-    return f"{ours['ms']['median']:.3g} ({', '.join('-' if s is None else f'{s:.2f}' for s in speeds)})"
+    return f"{_ms(ours['ms'])} ({', '.join('-' if s is None else f'{s:.2f}' for s in speeds)})"
 
 
 def _scaling() -> Iterator[str]:
     content = read("scaling_cpu")
     if content is None:
         return
-    yield f"Time and peak memory of one map of 64 channels, forward and backward ({_where(content)};"
-    yield "`benchmarks/scaling_cpu.json`):"
+    yield "Time and peak memory of one map of 64 channels, forward and backward, beside the usual block of `bmm`"
+    yield f"({_where(content)}; `benchmarks/scaling_cpu.json`):"
     yield ""
     names = ("sagan", "plain")
     yield "| map | " + " | ".join(f"{name}, ms | {name}, MB" for name in names) + " |"
@@ -80,7 +86,7 @@ def _scaling() -> Iterator[str]:
         cells = []
         for name in names:
             peer = case["peers"].get(name)
-            cells += ["-", "-"] if peer is None else [f"{peer['ms']['median']:.3g}", f"{peer['peak_bytes'] / 1e6:.1f}"]
+            cells += ["-", "-"] if peer is None else [_ms(peer["ms"]), f"{peer['peak_bytes'] / 1e6:.1f}"]
         yield f"| {case['height']} x {case['width']} | " + " | ".join(cells) + " |"
     yield ""
     for dtype, fitted in content["exponents"].items():
@@ -95,16 +101,17 @@ def _steps() -> Iterator[str]:
     content = read("step_cpu")
     if content is None:
         return
-    yield f"A training step in float32, and one image in eval mode ({_where(content)}; `benchmarks/step_cpu.json`):"
+    yield "A training step in float32, and one image in eval mode; one reading's spread is 5 to 10 %"
+    yield f"({_where(content)}; `benchmarks/step_cpu.json`):"
     yield ""
     yield "| host, grafts after | batch | step, ms | with grafts | peak memory | one image: host, grafted, fused, ms |"
     yield "|---" * 6 + "|"
     for case in content["cases"]:
         step, over, memory = case["step_ms"], case["grafted_over_host"], case["peak_bytes"]
-        looks = ", ".join(f"{ms['median']:.3g}" for ms in case["latency_ms"].values())
+        looks = ", ".join(_ms(time) for time in case["latency_ms"].values())
         yield (
-            f"| {case['preset']}, `{'`, `'.join(case['at'])}` | {case['batch']} | {step['host']['median']:.4g} | "
-            f"{step['grafted']['median']:.4g} ({over:.2f} times) | {memory['host'] / 1e6:,.0f} MB, "
+            f"| {case['preset']}, `{'`, `'.join(case['at'])}` | {case['batch']} | {_ms(step['host'])} | "
+            f"{_ms(step['grafted'])} ({over:.2f} times) | {memory['host'] / 1e6:,.0f} MB, "
             f"{memory['grafted'] / 1e6:,.0f} MB | {looks} |"
         )
     yield ""

@@ -22,6 +22,7 @@ __all__ = ["chunked_attention"]
 
 LOG2_E = math.log2(math.e)  # scores are taken as powers of 2, because torch's exp2 is twice as fast as its exp
 CHUNK_SCORES = 2**20  # held at a time: 4 MB in float32, which stay in the cache
+CHUNK_SCORES_ON_GPU = 2**26  # not measured: enough to keep it busy
 CHUNK_MAPS = 2  # at least: matrix libraries share out whole products among their threads
 CHUNK_ROWS = 64  # fewer queries at a time waste the multiplication
 
@@ -120,8 +121,9 @@ def _chunks(
     """Parts of the B*h maps, parts of the queries, room for the scores [maps, M, rows] and the mask of the two."""
     b, heads, n, _ = query.shape
     m = key.shape[2]
-    maps = min(b * heads, max(CHUNK_MAPS, CHUNK_SCORES // (n * m)))
-    rows = min(n, max(CHUNK_ROWS, CHUNK_SCORES // (m * maps)))
+    scores = CHUNK_SCORES if query.device.type == "cpu" else CHUNK_SCORES_ON_GPU
+    maps = min(b * heads, max(CHUNK_MAPS, scores // (n * m)))
+    rows = min(n, max(CHUNK_ROWS, scores // (m * maps)))
     room = query.new_empty(maps * m * rows, dtype=dtype)
     for i in range(0, b * heads, maps):
         picked = torch.arange(i, min(i + maps, b * heads), device=query.device)

@@ -24,6 +24,8 @@ PATHS = get_args(Path)
 CHUNKED_FROM = {"dot": 2**23, "any": 2**24}
 # but without gradients, for values up to so wide and so many scores a map, torch's fused kernel is as fast or faster.
 PADDED_WIDTH, PADDED_FROM = 64, 2**24
+# Not measured: a GPU is kept busy by many scores at once, so there chunks only save memory.
+CHUNKED_FROM_ON_GPU = 2**27
 CHUNK_SCORES = 2**22  # held at a time through checkpoints
 CHUNK_ROWS = 64  # fewer queries at a time waste the multiplication, so rather fewer samples
 
@@ -77,12 +79,15 @@ def _chosen(query: Tensor, key: Tensor, value: Tensor, dropout: float, how: Mapp
     if torch.compiler.is_exporting() or query.is_meta:  # no memory to save there
         return "materialised"
     scores = _scores(query, key, how)
+    if query.device.type != "cpu":
+        return "chunked" if scores >= CHUNKED_FROM_ON_GPU else "materialised"
     if _obstacle_to_groups(dropout, how):
         return "chunked" if scores >= CHUNKED_FROM["any"] else "materialised"
     if scores < CHUNKED_FROM["dot"]:
         return "materialised"
-    inference = query.device.type == "cpu" and not torch.is_grad_enabled()
-    padded = inference and value.shape[-1] <= PADDED_WIDTH and query.shape[2] * key.shape[2] >= PADDED_FROM
+    padded = (
+        not torch.is_grad_enabled() and value.shape[-1] <= PADDED_WIDTH and query.shape[2] * key.shape[2] >= PADDED_FROM
+    )
     return "sdpa_padded" if padded else "chunked"
 
 

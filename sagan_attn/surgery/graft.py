@@ -90,9 +90,9 @@ def carry_out(plan: Sequence[Insertion]) -> Grafts:
             points_.insert(step.anchor, step.layout, step.name, step.site, step.block, step.spec)
             path = f"{step.anchor_name}.{points_.CHILD}.{step.name}"
             grafts.append(Graft(step.name, step.site, step.block, path, step.anchor))
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()  # what was compiled before has no guard on new hooks, and would run without the grafts
-    return Grafts(grafts)
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # compiled code has no guard on new hooks, and would run without the grafts
+        return Grafts(grafts)
 
 
 def ungraft(model: nn.Module, names: str | Sequence[str] | None = None) -> None:

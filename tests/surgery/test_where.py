@@ -12,8 +12,8 @@ from torch import nn
 from sagan_attn import graft, grafts_of
 from sagan_attn.errors import GraftError
 from sagan_attn.surgery.where import Where, find_stages
-from sagan_attn.training.hosts import cifar_resnet, lookup_cnn
 from sagan_attn.training.network import GraftConfig, HostConfig, build_network
+from sagan_attn.training.small_hosts import cifar_resnet, lookup_cnn
 
 IMAGE = torch.zeros(1, 3, 64, 64)
 TIMM = {
