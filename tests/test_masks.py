@@ -233,7 +233,7 @@ def test_too_many_rows_are_refused_in_groups_too(
         functional.attend(q, k, k, path="chunked", **own)
 
 
-@pytest.mark.parametrize(("normalize", "path"), [*SERVED, ("softmax", "flex")])
+@pytest.mark.parametrize(("normalize", "path"), SERVED)
 def test_unknown_arguments_are_refused_on_every_path(normalize: str, path: str):
     q = torch.ones(1, 1, 2, 3)
     with pytest.raises(TypeError, match="valid_len'"):
