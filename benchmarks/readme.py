@@ -37,6 +37,10 @@ def _ms(summary: dict[str, float]) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def _spread(summary: dict[str, float]) -> str:
+    return f"{_ms(summary)} [{summary['min']:,.0f} to {summary['max']:,.0f}]"
+
+
 def _block() -> Iterator[str]:
     for name in ("block_cpu", "block_cpu_bf16", "block_cuda"):
         content = read(name)
@@ -101,7 +105,7 @@ def _steps() -> Iterator[str]:
     content = read("step_cpu")
     if content is None:
         return
-    yield "A training step in float32, and one image in eval mode; one reading's spread is 5 to 10 %"
+    yield "A training step in float32, medians with the smallest and largest reading, and one image in eval mode"
     yield f"({_where(content)}; `benchmarks/step_cpu.json`):"
     yield ""
     yield "| host, grafts after | batch | step, ms | with grafts | peak memory | one image: host, grafted, fused, ms |"
@@ -110,8 +114,8 @@ def _steps() -> Iterator[str]:
         step, over, memory = case["step_ms"], case["grafted_over_host"], case["peak_bytes"]
         looks = ", ".join(_ms(time) for time in case["latency_ms"].values())
         yield (
-            f"| {case['preset']}, `{'`, `'.join(case['at'])}` | {case['batch']} | {_ms(step['host'])} | "
-            f"{_ms(step['grafted'])} ({over:.2f} times) | {memory['host'] / 1e6:,.0f} MB, "
+            f"| {case['preset']}, `{'`, `'.join(case['at'])}` | {case['batch']} | {_spread(step['host'])} | "
+            f"{_spread(step['grafted'])} ({over:.2f} times) | {memory['host'] / 1e6:,.0f} MB, "
             f"{memory['grafted'] / 1e6:,.0f} MB | {looks} |"
         )
     yield ""
