@@ -48,6 +48,10 @@ SOURCES = {
     "decoder": "Vaswani et al. 2017, norm first",
     "context-max": "control, of this library",
     "context-mean": "control, of this library",
+    "identity": "control, of this library",
+    "conv": "control, of this library",
+    "se": "Hu et al. 2018, behind a gate",
+    "gc": "Cao et al. 2019, behind a gate",
 }
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in block_names()),
@@ -80,8 +84,9 @@ def numbers(name: str, options: dict[str, Any]) -> dict[str, Any]:
         wide = x.detach().double().requires_grad_()
         output, expected = block(x), reference(name, options, parameters_of(exact), wide)
         towards = torch.randn_like(output)
-        ours = torch.autograd.grad(output, [x, *block.parameters()], towards)
-        theirs = torch.autograd.grad(expected, [wide, *exact.parameters()], towards.double())
+        ours, theirs = ([p for p in one.parameters() if p.requires_grad] for one in (block, exact))
+        ours = torch.autograd.grad(output, [x, *ours], towards)
+        theirs = torch.autograd.grad(expected, [wide, *theirs], towards.double())
         key = str(dtype).removeprefix("torch.")
         found[f"output_{key}"] = distance(output.double(), expected)
         found[f"gradient_{key}"] = max(distance(a.double(), b) for a, b in zip(ours, theirs, strict=True))

@@ -15,6 +15,8 @@ __all__ = ["COMMANDS", "main"]
 # Each is a module of sagan_attn.commands, imported when it is asked for.
 COMMANDS = {
     "sites": "where a block can go in a model, and what it would cost there",
+    "ablate": "compare variants over seeds, with controls: one YAML in, a table with intervals and a verdict out",
+    "report": "the report of an ablation, from its folder alone: table, page, figures, paper",
     "bench": "how long attention takes and how much memory, beside what would be used instead",
 }
 

@@ -10,6 +10,7 @@ from sagan_attn.blocks import block_names, create_block
 from sagan_attn.blocks.base import MapAttention
 
 FOUR_HEADS = ("botnet", "multihead", "cross", "encoder", "decoder")  # by default
+CONTROLS = ("context-max", "context-mean", "identity", "conv", "se", "gc")  # no attention, and no masks or paths
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Case:
     @property
     def attends(self) -> bool:
         """Whether there is attention, and with it masks, weights and paths."""
-        return not self.name.startswith("context-")
+        return self.name not in CONTROLS
 
     @property
     def identity(self) -> bool:
@@ -182,6 +183,11 @@ def contributing(block: nn.Module) -> nn.Module:
 def cores(block: nn.Module) -> list[MapAttention]:
     """What attends in a block: the block itself, or its parts."""
     return [module for module in block.modules() if isinstance(module, MapAttention)]
+
+
+def learning(block: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require gradients: all but those of `identity` that can change nothing."""
+    return {name: parameter for name, parameter in block.named_parameters() if parameter.requires_grad}
 
 
 def layouts(x: Tensor) -> dict[str, Tensor]:

@@ -72,6 +72,14 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("decoder", SINUSOIDAL),
     ("context-max", {}),
     ("context-mean", {"reduction": 4}),
+    ("identity", {}),
+    ("identity", {"reduction": 2}),
+    ("conv", {}),
+    ("conv", {"parameters": 500}),
+    ("se", {}),
+    ("se", {"reduction": 2}),
+    ("gc", {}),
+    ("gc", {"reduction": 4}),
 ]
 
 
@@ -325,6 +333,27 @@ def global_context(p: Parameters, x: Tensor, reduce: str) -> Tensor:
     return x + p["gamma"] * summary[:, :, None, None]
 
 
+def identity(p: Parameters, x: Tensor) -> Tensor:
+    return x + p["gamma"] * conv(p, "value", x)
+
+
+def bottleneck(p: Parameters, x: Tensor) -> Tensor:
+    return x + p["gamma"] * conv(p, "expand", conv(p, "squeeze", x).clamp(min=0))
+
+
+def squeeze_excite(p: Parameters, x: Tensor) -> Tensor:
+    hidden = conv(p, "squeeze", x.flatten(2).mean(dim=2)[:, :, None, None]).clamp(min=0)
+    excited = x / (1 + (-conv(p, "expand", hidden)).exp())
+    return (1 - p["gamma"]) * x + p["gamma"] * excited
+
+
+def global_context_block(p: Parameters, x: Tensor) -> Tensor:
+    weights = softmax(conv(p, "score", x).flatten(2))  # [B, 1, N]
+    context = torch.einsum("bcn,bn->bc", x.flatten(2), weights[:, 0])[:, :, None, None]
+    hidden = layer_norm(p, "norm", conv(p, "squeeze", context)).clamp(min=0)
+    return x + p["gamma"] * conv(p, "expand", hidden)
+
+
 FORMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sagan": (sagan, {}),
     "sagan-paper": (sagan, {}),
@@ -343,8 +372,13 @@ FORMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "decoder": (decoder, {}),
     "context-max": (global_context, {"reduce": "max"}),
     "context-mean": (global_context, {"reduce": "mean"}),
+    "identity": (identity, {}),
+    "conv": (bottleneck, {}),
+    "se": (squeeze_excite, {}),
+    "gc": (global_context_block, {}),
 }
 # Options that show in the shapes of the parameters, or in which of them there are.
 BUILT_IN = {
     "reduction", "value_reduction", "bias", "spectral_norm", "norm", "expansion", "position_size", "init", "path",
+    "parameters",
 }  # fmt: skip

@@ -1,7 +1,7 @@
 """What all attention blocks on maps share: from maps to rows of queries, keys and values, and back."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any, Literal, get_args
 
@@ -15,8 +15,10 @@ from sagan_attn.errors import BlockError
 from sagan_attn.functional.attention import Normalize, Score
 from sagan_attn.functional.paths import PATHS, Path, obstacle_to
 
-__all__ = ["MapAttention", "Position", "resolve_scale"]
+__all__ = ["Intervention", "MapAttention", "Position", "resolve_scale"]
 
+Scored = tuple[Tensor, Tensor, dict[str, Any]]
+Intervention = Callable[[Tensor, Tensor, dict[str, Any]], Scored]
 Position = Literal["relative", "relative_scaled", "sinusoidal"]
 
 
@@ -46,6 +48,7 @@ class MapAttention(nn.Module):
     key: Pointwise | None
     value: Pointwise
     output: Pointwise | None
+    intervention: Intervention | None = None  # what `surgery.interventions` puts in the place of `scored`
 
     def __init__(
         self,
@@ -87,6 +90,7 @@ class MapAttention(nn.Module):
         self.position = position
         self.dropout = dropout
         self.path: Path = path
+        self.intervention = None  # an attribute of its own, which compiled code looks at each time
         dd: Mapping[str, Any] = {"device": device, "dtype": dtype}
         self.score_vector = None
         if score != "dot":
@@ -120,8 +124,8 @@ class MapAttention(nn.Module):
             query, key = self.query_and_key(x, context, mask)
             value = functional.split_heads(self._keys_of(self.value, context, mask), self.heads)  # [B, h, M, D]
         dropout = self.dropout if self.training else 0.0
-        how = self._how(x, context, mask)
-        rows = functional.attend(query, key, value, self.scale, dropout=dropout, path=self.path, **how)  # [B, h, N, D]
+        query, key, how = self.scored(query, key, self._how(x, context, mask))
+        rows = functional.attend(query, key, value, dropout=dropout, path=self.path, **how)  # [B, h, N, D]
         branch = functional.merge_heads(rows, x)  # [B, h*D, H, W]
         return branch if self.output is None else self.output(branch)
 
@@ -163,13 +167,25 @@ class MapAttention(nn.Module):
         """
         context = self._context_of(x, context)
         query, key = self.query_and_key(x, context, mask)
-        how = self._how(x, context, mask)
+        query, key, how = self.scored(query, key, self._how(x, context, mask))
         if queries is not None:
             check_positions(queries, query.shape[0], query.shape[2])
             index = queries.expand(len(x), -1)  # [B, Q]
             query = query.take_along_dim(index[:, None, :, None], dim=2)
             how["index"] = index
-        return functional.attention_weights(query, key, self.scale, **how)
+        return functional.attention_weights(query, key, **how)
+
+    def scored(self, query: Tensor, key: Tensor, how: dict[str, Any]) -> Scored:
+        """What all weights are made of: queries [B, h, N, d], keys [B, h, M, d] and how, with the scale in it.
+
+        how: the arguments of `functional.attention_weights`.
+        """
+        how = {"scale": self.scale, **how}
+        return (query, key, how) if self.intervention is None else self.intervention(query, key, how)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy made during an intervention would keep it for ever.
+        return {**self.__dict__, "intervention": None}
 
     def attention_shape(
         self, height: int, width: int, context_size: tuple[int, int] | None = None

@@ -88,7 +88,8 @@ class FusedAttention2d(MapAttention):
             raise BlockError("a fused block attends to its own map: context must be None")
         self._context_of(x, None)
         query, key, value = self._rows(x, mask)
-        rows = functional.attend(query, key, value, self.scale, path=self.path, **self._how(x, x, mask))
+        query, key, how = self.scored(query, key, self._how(x, x, mask))
+        rows = functional.attend(query, key, value, path=self.path, **how)
         branch = functional.merge_heads(rows, x)  # [B, h*D, H, W]
         branch = branch if self.output is None else self.output(branch)
         return -branch if self.sign < 0 else branch

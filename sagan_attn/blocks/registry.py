@@ -11,8 +11,11 @@ from typing import Any
 
 from torch import nn
 
+from sagan_attn.blocks.bottleneck import Bottleneck2d
+from sagan_attn.blocks.channel import GCBlock2d, SqueezeExcite2d
 from sagan_attn.blocks.checks import positive
 from sagan_attn.blocks.context import GlobalContext2d
+from sagan_attn.blocks.identity import IdentityAttention2d
 from sagan_attn.blocks.multihead import CrossAttention2d, MultiHeadAttention2d
 from sagan_attn.blocks.nonlocal_ import NonLocal2d
 from sagan_attn.blocks.sagan import SelfAttention2d
@@ -66,6 +69,10 @@ FORMS: dict[str, Form] = {
     "decoder": Form(DecoderBlock2d),
     "context-max": Form(GlobalContext2d, {"reduce": "max"}),
     "context-mean": Form(GlobalContext2d, {"reduce": "mean"}),
+    "identity": Form(IdentityAttention2d),
+    "conv": Form(Bottleneck2d),
+    "se": Form(SqueezeExcite2d),
+    "gc": Form(GCBlock2d),
 }
 
 

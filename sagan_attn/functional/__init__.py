@@ -28,6 +28,7 @@ from sagan_attn.functional.maps import (
     spectrally_normalized,
     split_heads,
     summarize,
+    weighted_mean,
 )
 from sagan_attn.functional.paths import attend
 from sagan_attn.functional.positions import relative_tables
@@ -59,6 +60,7 @@ __all__ = [
     "split_features",
     "split_heads",
     "summarize",
+    "weighted_mean",
 ]
 
 for _name in __all__:

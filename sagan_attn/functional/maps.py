@@ -244,6 +244,17 @@ def summarize(x: Tensor, reduce: str) -> Tensor:
     return x.amax(dim=(2, 3), keepdim=True) if reduce == "max" else x.mean(dim=(2, 3), keepdim=True)
 
 
+def weighted_mean(x: Tensor, scores: Tensor) -> Tensor:
+    """Mean of a map [B, C, H, W] over its positions, weighed by the softmax of scores [B, 1, H, W]: [B, C, 1, 1].
+
+    In the dtype of x, with weights of float32 or more under autocast too; 0 for an empty map.
+    """
+    precise = torch.promote_types(scores.dtype, torch.float32)
+    with no_autocast(x):
+        weights = scores.flatten(2).to(precise).softmax(dim=-1).to(x.dtype)  # [B, 1, N]
+        return torch.matmul(x.flatten(2), weights.mT)[..., None]
+
+
 def difference(y: Tensor, x: Tensor) -> Tensor:
     """`y - x` for two maps of one shape; broadcasting is refused with `BlockError`."""
     if y.shape != x.shape:

@@ -7,9 +7,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sagan_attn.blocks.base import MapAttention
+from sagan_attn.blocks.bottleneck import Bottleneck2d
+from sagan_attn.blocks.channel import GCBlock2d, SqueezeExcite2d
 from sagan_attn.blocks.context import GlobalContext2d
 from sagan_attn.blocks.fused import FusedAttention2d
 from sagan_attn.blocks.gate import Gated
+from sagan_attn.blocks.identity import IdentityAttention2d
 from sagan_attn.blocks.multihead import CrossAttention2d, MultiHeadAttention2d
 from sagan_attn.blocks.nonlocal_ import NonLocal2d
 from sagan_attn.blocks.pointwise import Pointwise, SpectralPointwise
@@ -20,6 +23,8 @@ from sagan_attn.surgery import point as points_
 from sagan_attn.surgery.graft import grafts_of
 
 __all__ = ["fuse"]
+
+CONTROLS = (Bottleneck2d, GCBlock2d, GlobalContext2d, IdentityAttention2d, SqueezeExcite2d)  # x + gamma * branch(x)
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -60,7 +65,7 @@ def _fused(block: nn.Module) -> nn.Module | None:
             return block
         fused = FusedAttention2d(block)
         return None if fused.is_identity() else fused
-    if kind is GlobalContext2d and _is_zero(block.gamma):
+    if isinstance(block, CONTROLS) and kind in CONTROLS and _is_zero(block.gamma):
         return None
     if isinstance(block, Gated) and kind is Gated:
         inner = None if _is_zero(block.gamma) else _fused(block.block)

@@ -32,7 +32,7 @@ from sagan_attn.training.profiler import NoProfiler
 from sagan_attn.training.progress import SecondBar
 from sagan_attn.training.run import RunPaths, read_checkpoint
 
-__all__ = ["SaganCLI", "best_precision", "main"]
+__all__ = ["SaganCLI", "best_precision", "main", "quieten"]
 
 
 # What of a call belongs to the run, and is kept in its config.yaml.
@@ -68,6 +68,10 @@ class SaganCLI(LightningCLI):
             default=None,
             help="folder of the run; fit makes runs/<host>-<time> by default",
         )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """As Lightning's, without its warning about calls from Python, which here are ablations and demonstrations."""
+        self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
         """Leave the checkpoint alone: see the class."""
@@ -208,7 +212,7 @@ def best_precision(accelerator: str) -> str:
     return "32-true"
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Keep advertisements and notes on Lightning's own inside from the terminal."""
     for message in (
         ".*treespec, LeafSpec.*",
@@ -241,7 +245,7 @@ def main(arguments: Sequence[str] | None = None, *, default_config: Path | None 
 
     What the library refuses is printed as one line; a wrong option ends the process with code 2.
     """
-    _quieten()
+    quieten()
     keep_freed_memory()
     try:
         if not (sys.argv[1:] if arguments is None else arguments) and default_config is not None:

@@ -15,7 +15,7 @@ from sagan_attn.surgery import grafts_of
 from sagan_attn.training.data import Preprocess
 from sagan_attn.training.small_hosts import SMALL_HOSTS, small_host
 
-__all__ = ["HostConfig", "build_host", "find_head", "host_preprocess"]
+__all__ = ["HostConfig", "build_host", "find_head", "host_preprocess", "resolve_host"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def build_host(config: HostConfig, num_classes: int, in_channels: int = 3) -> nn
         ConfigError: an unknown name or option, weights that are missing or do not fit, or channels the model cannot
             take.
     """
-    library, name = _resolve(config.name)
+    library, name = resolve_host(config.name)
     if config.pretrained and (config.weights or library == "own"):
         other = "weights" if config.weights else f"host {config.name!r}, which has no pretrained weights"
         raise ConfigError(f"pretrained does not go with {other}")
@@ -89,8 +89,8 @@ def find_head(model: nn.Module) -> nn.Module:
     return heads[-1]
 
 
-def _resolve(name: str) -> tuple[str, str]:
-    """Library ("own", "torchvision" or "timm") and name in it."""
+def resolve_host(name: str) -> tuple[str, str]:
+    """Library ("own", "torchvision" or "timm") and name in it of a host. Raises `ConfigError` for an unknown one."""
     prefix, slash, rest = name.partition("/")
     if not slash:
         if name in SMALL_HOSTS:
@@ -202,7 +202,7 @@ def host_preprocess(config: HostConfig) -> Preprocess | None:
     """
     if not (config.pretrained or config.weights) or config.small_images:
         return None
-    library, name = _resolve(config.name)
+    library, name = resolve_host(config.name)
     if library == "own":
         return None
     if library == "timm":

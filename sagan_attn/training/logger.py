@@ -27,6 +27,11 @@ class EpochCSV(Logger):
                 self._rows[int(row["epoch"])] = {str(k): v for k, v in row.items() if not pd.isna(v)}
 
     @property
+    def rows(self) -> list[dict[str, float]]:
+        """What was logged, by epoch."""
+        return [self._rows[epoch] for epoch in sorted(self._rows)]
+
+    @property
     def name(self) -> str:
         return "csv"
 
@@ -50,7 +55,7 @@ class EpochCSV(Logger):
     @rank_zero_only
     def save(self) -> None:
         if self._rows:
-            table = pd.DataFrame([self._rows[epoch] for epoch in sorted(self._rows)])
+            table = pd.DataFrame(self.rows)
             first = [c for c in ("epoch", "step") if c in table]
             table = table[first + sorted(c for c in table.columns if c not in first)]
             write_text(self.path, table.to_csv(index=False))

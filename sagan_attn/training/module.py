@@ -16,7 +16,7 @@ from sagan_attn.training.compiling import check_compile
 from sagan_attn.training.hosts import HostConfig, find_head
 from sagan_attn.training.mean import ImageMean
 from sagan_attn.training.network import GraftConfig, build_network
-from sagan_attn.training.optim import OptimizerConfig, ScheduleConfig, create_optimizer, create_schedule
+from sagan_attn.training.optim import OptimizerConfig, ScheduleConfig, clip_by_norm, create_optimizer, create_schedule
 
 __all__ = ["ClassifierModule"]
 
@@ -186,6 +186,17 @@ class ClassifierModule(L.LightningModule):
         schedule = create_schedule(optimizer, config, epochs, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            clip_by_norm(optimizer, gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         if hasattr(scheduler, "step_update"):  # timm's schedulers are told the update instead of counting
             scheduler.step_update(num_updates=self.global_step)
@@ -211,7 +222,7 @@ class ClassifierModule(L.LightningModule):
             self.log(f"gamma/{name.removesuffix('.gamma')}", gamma, rank_zero_only=True)
         for group in self.optimizers(use_pl_optimizer=False).param_groups:  # type: ignore[union-attr]
             self.log(f"lr/{group['name']}", group["lr"], rank_zero_only=True)
-        moved = [abs(gamma - self._first_gammas[name]) > GAMMA_MOVED for name, gamma in gammas.items()]
+        moved = [not abs(gamma - self._first_gammas[name]) <= GAMMA_MOVED for name, gamma in gammas.items()]  # NaN has
         if self.current_epoch == 0 and moved and not any(moved):
             warnings.warn(
                 f"no gamma has moved by more than {GAMMA_MOVED:g} in the first epoch: the grafts are as good as unused "
@@ -255,4 +266,5 @@ def check_fit(own: dict[str, Tensor], state: dict[str, Tensor], what: str) -> No
 def _freeze_host(network: nn.Module) -> None:
     keep = {*grafts_of(network).parameters(), *find_head(network).parameters()}
     for parameter in network.parameters():
-        parameter.requires_grad_(parameter in keep)
+        if parameter not in keep:  # and those that keep what they are set to: some of a graft's may not learn either
+            parameter.requires_grad_(False)

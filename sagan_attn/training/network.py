@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sagan_attn.errors import ConfigError
-from sagan_attn.surgery import graft
+from sagan_attn.errors import ConfigError, GraftError
+from sagan_attn.surgery import graft, prune_heads
 from sagan_attn.surgery.probe import quiet
 from sagan_attn.training.hosts import HostConfig, build_host
 
@@ -25,6 +25,7 @@ class GraftConfig:
         name: of the graft at its place; None for that of the block.
         seed: of the block's initial weights; None for the run's.
         options: of the block.
+        pruned_heads: numbers of heads to take out before training, at each place the same; see `prune_heads`.
     """
 
     at: str | list[str]
@@ -32,6 +33,7 @@ class GraftConfig:
     name: str | None = None
     seed: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    pruned_heads: list[int] | None = None
 
 
 def build_network(
@@ -49,7 +51,7 @@ def build_network(
     _check_output(network, host.name, example, num_classes)
     for config in grafts:
         seed = torch.initial_seed() if config.seed is None else config.seed
-        graft(
+        made = graft(
             network,
             config.at,
             config.block,
@@ -58,6 +60,11 @@ def build_network(
             seed=seed,
             options=config.options,
         )
+        if config.pruned_heads is not None:
+            try:
+                prune_heads(network, {one: config.pruned_heads for one in made})
+            except GraftError as error:
+                raise GraftError(f"pruned_heads ({config.pruned_heads!r}) at {config.at!r}: {error}") from error
     return network
 
 

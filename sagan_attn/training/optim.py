@@ -5,15 +5,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from timm.optim import create_optimizer_v2, param_groups_layer_decay  # pyright: ignore[reportPrivateImportUsage]
 from timm.scheduler import create_scheduler_v2  # pyright: ignore[reportPrivateImportUsage]
-from torch import nn, optim
+from torch import Tensor, nn, optim
 
 from sagan_attn.errors import ConfigError
 from sagan_attn.surgery import grafts_of
 from sagan_attn.training.hosts import find_head
 
-__all__ = ["OptimizerConfig", "ScheduleConfig", "create_optimizer", "create_schedule", "parameter_groups"]
+__all__ = [
+    "OptimizerConfig",
+    "ScheduleConfig",
+    "clip_by_norm",
+    "create_optimizer",
+    "create_schedule",
+    "parameter_groups",
+]
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,21 @@ def create_optimizer(model: nn.Module, config: OptimizerConfig) -> optim.Optimiz
         )
     except (ValueError, TypeError, AssertionError, RuntimeError) as error:
         raise ConfigError(f"optimizer {config.name!r} with options {config.options}: {error}") from error
+
+
+def clip_by_norm(optimizer: optim.Optimizer, limit: float) -> None:
+    """Scale all gradients so that their l2 norm together is at most `limit`.
+
+    As torch's `clip_grad_norm_`, but grafts are summed apart, so that those without gradients leave the host's steps
+    what they are without them, bit for bit: more numbers in one sum would be added in another order.
+    """
+    parts: dict[bool, list[Tensor]] = {False: [], True: []}
+    for group in optimizer.param_groups:
+        own = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
+        parts[group["name"].startswith("grafts")] += own
+    host, grafts = (nn.utils.get_total_norm(gradients) for gradients in parts.values())
+    whole = torch.hypot(host, grafts.to(host.device))
+    nn.utils.clip_grads_with_norm_([p for group in optimizer.param_groups for p in group["params"]], limit, whole)
 
 
 def create_schedule(optimizer: optim.Optimizer, config: ScheduleConfig, epochs: int, steps: int) -> Any:

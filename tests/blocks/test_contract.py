@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from block_forms import SHAPES, Case, layouts
+from block_forms import SHAPES, Case, layouts, learning
 from gated_forms import CONTRACT
 from torch import Tensor, nn
 
@@ -26,7 +26,7 @@ def check_shape(block: nn.Module, x: Tensor) -> None:
     if x.numel():
         assert (output != x).any()
     output.sum().backward()
-    for tensor in (x, *block.parameters()):
+    for tensor in (x, *learning(block).values()):
         assert tensor.grad.shape == tensor.shape
         assert tensor.grad.isfinite().all()
 
@@ -85,7 +85,7 @@ def test_an_open_block_keeps_dtype_and_strides(case: Case):
                 assert (output.dtype, output.stride()) == (dtype, x.stride())
 
 
-FULLY = ("sagan", "biggan", "multihead", "additive", "context-max", "context-mean")
+FULLY = ("sagan", "biggan", "multihead", "additive", "context-max", "context-mean", "se", "gc")
 
 
 def test_gradients(case: Case):
@@ -113,12 +113,12 @@ def gradient_blocks(case: Case, channels: int) -> list[nn.Module]:
 
 def check_gradients(block: nn.Module, shape: tuple[int, ...], fast_mode: bool = False) -> None:
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    keys = [key for key, _ in block.named_parameters()]
+    keys = list(learning(block))
 
     def call(x: Tensor, *values: Tensor) -> Tensor:
         return torch.func.functional_call(block, dict(zip(keys, values, strict=True)), (x,))
 
-    assert torch.autograd.gradcheck(call, (x, *block.parameters()), fast_mode=fast_mode)
+    assert torch.autograd.gradcheck(call, (x, *learning(block).values()), fast_mode=fast_mode)
 
 
 def test_nan_in_the_branch_is_not_hidden(case: Case):

@@ -5,7 +5,7 @@ import functools
 import pytest
 import timm
 import torch
-from block_forms import CASES, FOUR_HEADS, Case
+from block_forms import CASES, FOUR_HEADS, Case, learning
 
 from sagan_attn import SelfAttention2d
 from sagan_attn.blocks import block_names, create_block
@@ -15,7 +15,7 @@ from sagan_attn.errors import BlockError
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_unknown_options_and_channels(case: Case):
-    message = f"block '{case.name}' has no option 'hedas'; it has .*(heads|reduction).*, device, dtype$"
+    message = f"block '{case.name}' has no option 'hedas'; it has .*(heads|reduction|parameters).*, device, dtype$"
     with pytest.raises(BlockError, match=message):
         case.fresh(hedas=2)
     for channels in (0, -8, True, 8.0):
@@ -65,6 +65,9 @@ REFUSED = [
     ("dropout", 1.0, r"dropout \(1.0\) must be a number of at least 0 and below 1"),
     ("dropout", 1.5, r"dropout \(1.5\) must be a number"),
     ("dropout", -0.1, r"dropout \(-0.1\) must be a number"),
+    ("parameters", 0, r"parameters \(0\) must be a whole number of at least 1"),
+    ("parameters", 16, r"parameters \(16\) must be at least 17, those of one hidden channel"),
+    ("gamma_init", float("inf"), r"gamma_init \(inf\) must be a finite number"),
     ("dropout", "much", r"dropout \('much'\) must be a number"),
 ]
 
@@ -147,7 +150,7 @@ def check_slot(model: torch.nn.Module, kind: type, count: int) -> None:
     output.square().sum().backward()
     assert output.isfinite().all()
     for block in blocks:
-        assert all(parameter.grad is not None for parameter in block.parameters())
+        assert all(parameter.grad is not None for parameter in learning(block).values())
         assert all(m.weight.grad.count_nonzero() for name, m in block.named_modules() if name.endswith("value"))
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from block_forms import CONTROLS, learning
 from chunk_sizes import chunk_scores
 from references import CASES, FORMS, fill, parameters_of, reference
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from sagan_attn.blocks import block_names, create_block
 
 C = 32
 NON_LOCAL = [(name, options) for name, options in CASES if name.startswith("nonlocal")]
-MAPS = [(name, options) for name, options in CASES if not name.startswith("context")]
+MAPS = [(name, options) for name, options in CASES if name not in CONTROLS]
 
 
 def opened(name: str, options: dict[str, Any], channels: int = C) -> nn.Module:
@@ -44,7 +45,7 @@ def test_every_form_has_a_reference():
 def test_numbers_and_gradients(name: str, options: dict[str, Any], size: tuple[int, int]):
     block, x = opened(name, options), random_map(*size)
     expected = reference(name, options, parameters_of(block), x)
-    assert_same(block(x), expected, [x, *block.parameters()])
+    assert_same(block(x), expected, [x, *learning(block).values()])
 
     single = block.float()(x.detach().float())
     scale = expected.abs().max().item()
@@ -96,7 +97,7 @@ def test_a_context_of_another_size_and_width(name: str, options: dict[str, Any],
 def test_other_channel_counts(name: str, channels: int):
     options = {"heads": 1} if name in ("encoder", "decoder") else {}
     block, x = opened(name, options, channels), random_map(3, 4, channels=channels)
-    assert_same(block(x), reference(name, options, parameters_of(block), x), [x, *block.parameters()])
+    assert_same(block(x), reference(name, options, parameters_of(block), x), [x, *learning(block).values()])
 
 
 @pytest.mark.parametrize("pool", [1, 2])

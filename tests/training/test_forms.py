@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from block_forms import CONTROLS
 from small_runs import SMALL
 
 from sagan_attn import grafts_of
@@ -19,7 +20,7 @@ def test_fit(name: str, tmp_path):
     run_dir = tmp_path / "run"
     small = ["--data.n_train=64", "--data.n_val=32", "--trainer.max_epochs=1", "--model.schedule.warmup_epochs=0"]
     grafts = f'[{{"at": "local", "block": "{name}", "options": {{"path": "chunked"}}}}]'
-    if name.startswith("context"):
+    if name in CONTROLS:
         grafts = f'[{{"at": "local", "block": "{name}"}}]'
     assert main(["fit", *SMALL, *small, "--model.grafts", grafts, "--run_dir", str(run_dir)]) == 0
     model = load_run(run_dir).model

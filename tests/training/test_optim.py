@@ -1,18 +1,22 @@
 """Parameter groups and schedules against numbers worked out by hand."""
 
+import copy
 import math
 
 import pytest
 import timm
 import torch
 import torchvision
+from torch import nn
 
 from sagan_attn import graft
 from sagan_attn.errors import ConfigError
 from sagan_attn.training.hosts import HostConfig, build_host
+from sagan_attn.training.network import GraftConfig, build_network
 from sagan_attn.training.optim import (
     OptimizerConfig,
     ScheduleConfig,
+    clip_by_norm,
     create_optimizer,
     create_schedule,
     parameter_groups,
@@ -144,3 +148,21 @@ def test_a_warm_up_as_long_as_training_is_refused():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     with pytest.raises(ConfigError, match=r"warmup_epochs \(5\) must lie in \[0, 5\)"):
         create_schedule(optimizer, ScheduleConfig(warmup_epochs=5), epochs=5, steps=10)
+
+
+def test_clipping_is_torchs_and_the_hosts_norm_is_its_own():
+    torch.manual_seed(0)
+    model = build_network(HostConfig("lookup-cnn"), [GraftConfig("local")], 10, 3, 48)
+    model(torch.rand(4, 3, 48, 48)).square().sum().backward()
+    expected = copy.deepcopy([p.grad for p in model.parameters()])
+    plain = [nn.Parameter(torch.zeros(gradient.shape)) for gradient in expected]
+    for parameter, gradient in zip(plain, expected, strict=True):
+        parameter.grad = gradient
+    whole = nn.utils.clip_grad_norm_(plain, 0.5)
+    assert whole > 0.5
+    clip_by_norm(create_optimizer(model, OptimizerConfig()), 0.5)
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=0)
+    before = [p.grad.clone() for p in model.parameters()]
+    clip_by_norm(create_optimizer(model, OptimizerConfig()), 10.0)  # below the limit
+    assert all(torch.equal(p.grad, gradient) for p, gradient in zip(model.parameters(), before, strict=True))

@@ -34,14 +34,16 @@ class ImageData(L.LightningDataModule, ABC):
     normalises them as whole tensors on the device. A held part is read in the main process, whatever
     `num_workers`, and lives on the GPU when the trainer uses one.
 
-    Everything random follows from `seed`, the epoch and the batch's number; the global generators are neither
+    Everything random follows from the seeds, the epoch and the batch's number; the global generators are neither
     read nor moved, and a run resumed in mid-epoch goes on with the next batch. CPU and CUDA draw different
     augmentations.
 
     Options every data set has:
         batch_size: images a step and process.
         val_fraction: share of the training images kept for validation, chosen by `seed`; 0: no validation.
-        seed: decides the split, the order and the augmentation.
+        seed: decides the split and, without `order_seed`, the order and the augmentation.
+        order_seed: decides the order and the augmentation alone; None for `seed`. Runs that differ only here share
+            training and validation images.
         image_size: side in pixels; None: the pretrained model's, or else the data's own.
         augment: None: the data set's own default.
         cache_bytes: the largest part held in memory.
@@ -68,6 +70,7 @@ class ImageData(L.LightningDataModule, ABC):
         num_workers: int,
         limit_train: int | None,
         drop_last: bool,
+        order_seed: int | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> None:
@@ -83,6 +86,7 @@ class ImageData(L.LightningDataModule, ABC):
         self.batch_size = batch_size
         self.val_fraction = val_fraction
         self.seed = seed
+        self.order_seed = seed if order_seed is None else order_seed
         self.cache_bytes = cache_bytes
         self.num_workers = num_workers
         self.limit_train = limit_train
@@ -198,7 +202,7 @@ class ImageData(L.LightningDataModule, ABC):
         sampler = EpochSampler(
             source,
             batch_size=self.batch_size,
-            seed=self.seed,
+            seed=self.order_seed,
             drop_last=self.drop_last,
             num_replicas=1 if trainer is None else trainer.world_size,
             rank=0 if trainer is None else trainer.global_rank,
@@ -264,7 +268,7 @@ class ImageData(L.LightningDataModule, ABC):
         if trainer is None:
             return self.preprocess.normalize(images), labels
         if trainer.training:
-            seed = batch_seed(self.seed, trainer.current_epoch, self._batches_done(), trainer.global_rank)
+            seed = batch_seed(self.order_seed, trainer.current_epoch, self._batches_done(), trainer.global_rank)
             generator = torch.Generator(images.device).manual_seed(seed)
             mean, std = self.preprocess.mean, self.preprocess.std
             images, labels = augment(images, labels, self.augment, self.num_classes, mean, std, generator)
@@ -288,11 +292,12 @@ class ImageData(L.LightningDataModule, ABC):
         return digest.hexdigest()
 
     def describe(self) -> dict[str, Any]:
-        """JSON-able: name, seed, sizes of the parts set up so far, classes, image size, augmentation."""
+        """JSON-able: name, seeds, sizes of the parts set up so far, classes, image size, augmentation."""
         ready = bool(self._sources)
         return {
             "name": self.name,
             "seed": self.seed,
+            "order_seed": self.order_seed,
             "sizes": {split: len(source) for split, source in self._sources.items()},
             "classes": self.classes if ready else None,
             "image_size": self.preprocess.image_size if ready else None,

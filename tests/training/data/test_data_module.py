@@ -7,7 +7,18 @@ import torch
 from torch import nn
 
 from sagan_attn.errors import DataError
-from sagan_attn.training.data import AugmentConfig, FolderData, ImageData, LookupData, Preprocess, augment, batch_seed
+from sagan_attn.training.data import (
+    AugmentConfig,
+    CIFARData,
+    FolderData,
+    ImageData,
+    LookupData,
+    Preprocess,
+    TorchvisionData,
+    augment,
+    batch_seed,
+)
+from sagan_attn.training.data.seeds import stateless_seed
 
 pytestmark = [
     # a held set needs no workers, whatever Lightning advises
@@ -111,6 +122,38 @@ def test_the_order_is_a_function_of_seed_and_epoch():
     assert sorted(order(0, 0)) == list(range(48))
     orders = {tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}
     assert len(orders) == 9  # no seed's epoch repeats another's
+
+
+@pytest.mark.usefixtures("guarded")
+def test_order_seed_decides_the_order_and_nothing_else():
+    def order(epoch: int, **seeds: int | None) -> list[int]:
+        data = lookup(limit_train=30, **seeds)
+        data.setup("fit")
+        parts.append([data._sources[split].images for split in ("train", "val")])
+        assert data.describe()["order_seed"] == data.order_seed
+        sampler = data.train_dataloader().sampler
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    def expected(seed: int, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(stateless_seed("order", seed) + epoch)
+        return torch.randperm(30, generator=generator).tolist()
+
+    parts: list[list[torch.Tensor]] = []
+    for epoch in (0, 1):
+        assert order(epoch) == order(epoch, order_seed=None) == order(epoch, order_seed=0) == expected(0, epoch)
+        assert order(epoch, order_seed=7) == expected(7, epoch)
+    for split in zip(*parts, strict=True):
+        assert all(torch.equal(one, split[0]) for one in split)
+    assert order(0, seed=3) == order(0, seed=0, order_seed=3)
+    assert not torch.equal(parts[-1][1], parts[-2][1])  # but other images to validate on
+
+
+@pytest.mark.parametrize("data_class", [CIFARData, TorchvisionData, FolderData, LookupData])
+def test_every_data_set_has_an_order_seed(data_class, tmp_path):
+    named = {TorchvisionData: {"dataset": "torchvision.datasets.SVHN"}, FolderData: {"root": str(tmp_path)}}
+    assert data_class(**named.get(data_class, {}), seed=2).order_seed == 2
+    assert data_class(**named.get(data_class, {}), seed=2, order_seed=0).order_seed == 0
 
 
 @pytest.mark.usefixtures("guarded")
@@ -242,17 +285,18 @@ def test_jsonargparse_builds_it_and_refuses_unknown_keys():
 CROPS = AugmentConfig(crop_padding=4, cutout=6, mixup=0.2)
 
 
-def test_a_run_sees_what_seed_epoch_and_batch_say(tmp_path):
-    model, data = Recorder(), lookup(augment=CROPS)
+@pytest.mark.parametrize("seeds", [{}, {"seed": 5}, {"order_seed": 5}], ids=str)
+def test_a_run_sees_what_seed_epoch_and_batch_say(tmp_path, seeds):
+    model, data = Recorder(), lookup(augment=CROPS, **seeds)
     trainer(tmp_path, max_epochs=2, limit_train_batches=3).fit(model, data)
     assert [(epoch, i) for epoch, i, _ in model.seen] == [(e, i) for e in range(2) for i in range(3)]
-    loader, p = lookup(augment=CROPS), data.preprocess
+    loader, p = lookup(augment=CROPS, **seeds), data.preprocess
     loader.setup("fit")
     loader = loader.train_dataloader()
     for epoch, i, seen in model.seen:
         loader.sampler.set_epoch(epoch)
         batch = list(loader)[i]
-        generator = torch.Generator().manual_seed(batch_seed(0, epoch, i, 0))
+        generator = torch.Generator().manual_seed(batch_seed(max(seeds.values(), default=0), epoch, i, 0))
         expected, _ = augment(*batch, CROPS, 10, p.mean, p.std, generator)
         assert torch.equal(seen, expected)
     validation = torch.cat(model.evaluated[-1:])
@@ -330,6 +374,10 @@ def test_a_resume_in_mid_epoch_needs_the_same_order(tmp_path):
         trainer(tmp_path, callbacks=[StopAt("on_train_batch_end", 2)]).fit(Recorder(), lookup())
     with pytest.raises(DataError, match=r"mid-epoch .*batch_size 8 -> 4"):
         trainer(tmp_path).fit(Recorder(), lookup(batch_size=4), ckpt_path=tmp_path / "stopped.ckpt")
+    with pytest.raises(DataError, match=r"mid-epoch .*order_seed \d+ -> \d+"):
+        trainer(tmp_path).fit(Recorder(), lookup(order_seed=1), ckpt_path=tmp_path / "stopped.ckpt")
+    trainer(tmp_path).fit(resumed := Recorder(), lookup(order_seed=0), ckpt_path=tmp_path / "stopped.ckpt")
+    assert [batch_idx for _, batch_idx, _ in resumed.seen] == [2, 3, 4, 5]
 
 
 def test_the_train_loader_is_whole_inside_hooks(tmp_path):

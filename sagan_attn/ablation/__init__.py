@@ -1,0 +1,1 @@
+"""Ablations: a grid of runs, their statistics and their report."""

@@ -1,0 +1,235 @@
+"""The plan of an ablation: its cells and their keys, made once and kept in the folder.
+
+A cell is a variant, a budget and a seed. Its key is a hash of what decides its result: the resolved training config
+and the data, not the order of keys in a file, nor 1 for 1.0, nor the versions of the code, which results name.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from sagan_attn.ablation.settings import Settings, apply_settings
+from sagan_attn.ablation.spec import Spec, Stage
+from sagan_attn.ablation.store import FORMAT, Store, read_plan
+from sagan_attn.ablation.variants import Variant, make_variants, network_of
+from sagan_attn.errors import ConfigError, SaganAttnError
+from sagan_attn.surgery import grafts_of
+from sagan_attn.surgery.cost import probe_flops
+from sagan_attn.training.data import ImageData
+from sagan_attn.training.hosts import host_preprocess
+from sagan_attn.training.resolve import Resolved, resolve_config
+
+__all__ = ["add_seeds", "add_stage", "cell_config", "chosen_by_name", "freeze", "frozen", "new_plan"]
+
+# What decides nothing about a result.
+FREE_DATA = ("num_workers", "cache_bytes")
+FREE_MODEL = ("compile", "compile_mode")
+OF_THE_CELL = {
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+    "logger": None,
+}
+
+
+def new_plan(spec: Spec, extra: Settings) -> dict[str, Any]:
+    """A plan with all variants and the spec's first stage. extra: settings for every cell beside the spec's.
+
+    Raises `ConfigError`, `GraftError`, `BlockError` or `DataError` for whatever could not be run.
+    """
+    variants = make_variants(spec, extra)
+    plan: dict[str, Any] = {
+        "format": FORMAT,
+        "name": spec.name,
+        "spec": spec.text,
+        "base": spec.base,
+        "set": dict(extra),
+        "baseline": spec.baseline,
+        "expected_sd": spec.expected_sd,
+        "stages": {},
+        "variants": {},
+        "cells": [],
+    }
+    described = _describe(variants)
+    for variant in variants:
+        plan["variants"][variant.name] = {
+            "label": variant.name,
+            "kind": variant.kind,
+            "baseline": variant.baseline,
+            "settings": dict(variant.settings),
+            "config": variant.config,
+            "epochs_factor": variant.epochs_factor,
+            **described[variant.name],
+        }
+    first = spec.stages[0]
+    add_stage(plan, spec, first, list(plan["variants"]) if first.name == "screen" else chosen_by_name(plan, spec))
+    return plan
+
+
+def chosen_by_name(plan: Mapping[str, Any], spec: Spec) -> list[str]:
+    """The variants that `confirm` names, or all, with every control."""
+    names = spec.confirm.choose if isinstance(spec.confirm.choose, tuple) else list(plan["variants"])
+    if unknown := [name for name in names if name not in plan["variants"]]:
+        raise ConfigError(
+            f"{spec.path}: confirm.choose names {', '.join(map(repr, unknown))}; there are "
+            + ", ".join(map(repr, plan["variants"]))
+        )
+    return [name for name, one in plan["variants"].items() if one["kind"] != "variant" or name in names]
+
+
+def add_stage(plan: dict[str, Any], spec: Spec, stage: Stage, names: Sequence[str]) -> None:
+    """Add the cells of a stage for the variants of these names, whose configs are all checked."""
+    plan["stages"][stage.name] = {
+        "seeds": list(stage.seeds),
+        "budgets": list(stage.epochs),
+        "set": dict(stage.settings),
+        "variants": list(names),
+    }
+    keys = {cell["key"]: cell for cell in plan["cells"]}
+    for name in names:
+        for budget in stage.epochs:
+            for cell in _cells(plan, spec, stage, name, budget):
+                if cell["key"] in keys:
+                    other = keys[cell["key"]]["variant"]
+                    raise ConfigError(
+                        f"{spec.path}: {name!r} and {other!r} are the same training run, to the last option: "
+                        + _nothing_changed(plan, name, other)
+                    )
+                keys[cell["key"]] = cell
+                plan["cells"].append(cell)
+
+
+def add_seeds(plan: dict[str, Any], spec: Spec, count: int) -> None:
+    """Add so many fresh seeds to `confirm`, marked as added after looking."""
+    stage = plan["stages"].get("confirm")
+    if stage is None:
+        raise ConfigError(f"{spec.path}: confirm has not begun: give it more seeds in the spec")
+    fresh = range(max(stage["seeds"]) + 1, max(stage["seeds"]) + 1 + count)
+    more = Stage("confirm", tuple(fresh), tuple(stage["budgets"]), stage["set"])
+    for name in stage["variants"]:
+        for budget in more.epochs:
+            plan["cells"] += [{**cell, "added": True} for cell in _cells(plan, spec, more, name, budget)]
+    stage["seeds"] += list(fresh)
+    stage["added_seeds"] = [*stage.get("added_seeds", []), *fresh]
+
+
+def _cells(plan: Mapping[str, Any], spec: Spec, stage: Stage, name: str, budget: int) -> list[dict[str, Any]]:
+    variant = plan["variants"][name]
+    config = cell_config(variant, stage.settings, budget, 0)
+    resolved = resolve_config(config, f"{spec.path}: {name} at {budget} epochs")
+    cells = []
+    for seed in stage.seeds:
+        content = {"stage": stage.name, "budget": budget, "data": variant["data"], **canonical(resolved, seed)}
+        text = json.dumps(content, sort_keys=True)
+        key = hashlib.sha256(text.encode()).hexdigest()[:16]
+        cells.append({"key": key, "stage": stage.name, "budget": budget, "variant": name, "seed": seed, "added": False})
+    return cells
+
+
+def cell_config(variant: Mapping[str, Any], settings: Settings, budget: int, seed: int) -> dict[str, Any]:
+    """The training config of a cell: the variant's, with seed, epochs and a warm-up in proportion to them."""
+    config = apply_settings(variant["label"], variant["config"], settings)
+    trainer = config.setdefault("trainer", {})
+    factor = variant["epochs_factor"]
+    epochs = budget if factor == 1 else max(budget + 1, math.ceil(budget * factor))  # "longer" is never less than that
+    warmup = config.get("model", {}).get("schedule", {}).get("warmup_epochs")
+    if warmup:
+        config["model"]["schedule"]["warmup_epochs"] = warmup * epochs / trainer["max_epochs"]
+    trainer |= {**OF_THE_CELL, "max_epochs": epochs}
+    config["data"].setdefault("init_args", {})["order_seed"] = seed
+    config["seed_everything"] = seed
+    return config
+
+
+def canonical(resolved: Resolved, seed: int) -> dict[str, Any]:
+    """What of a resolved config decides the result, in one spelling."""
+    config = resolved.config
+    trainer = {key: value for key, value in config["trainer"].items() if value != resolved.trainer_defaults.get(key)}
+    model = {key: value for key, value in config["model"].items() if key not in FREE_MODEL}
+    arguments = {key: value for key, value in config["data"]["init_args"].items() if key not in FREE_DATA}
+    data = {"class_path": config["data"]["class_path"], "init_args": {**arguments, "order_seed": seed}}
+    return _plain({"seed": seed, "trainer": trainer, "model": model, "data": data})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items() if each is not None}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, float) and math.isfinite(value) and value == int(value):
+        return int(value)
+    return value if isinstance(value, (str, int, float, bool)) else str(value)
+
+
+def _describe(variants: Sequence[Variant]) -> dict[str, dict[str, Any]]:
+    """Parameters, FLOPs of an image, grafts and the data's fingerprint of each variant; each data set is read once."""
+    described: dict[str, dict[str, Any]] = {}
+    read: dict[str, tuple[ImageData, dict[str, str]]] = {}
+    for variant in sorted(variants, key=lambda variant: variant.kind != "variant"):  # whose faults its baseline has too
+        try:
+            described[variant.name] = _described(variant, read)
+        except SaganAttnError as error:
+            named = str(error).startswith(f"{variant.name}: ")
+            raise error if named else type(error)(f"{variant.name}: {error}") from error
+    return described
+
+
+def _described(variant: Variant, read: dict[str, tuple[ImageData, dict[str, str]]]) -> dict[str, Any]:
+    config = cell_config(asdict(variant) | {"label": variant.name}, {}, variant.config["trainer"]["max_epochs"], 0)
+    resolved = resolve_config(config, variant.name)
+    text = json.dumps(canonical(resolved, 0)["data"], sort_keys=True) + str(host_preprocess(resolved.model.host))
+    if text not in read:
+        resolved.data.setup()
+        if not resolved.data.val_dataloader():
+            raise ConfigError("an ablation needs validation images: the data module keeps none")
+        read[text] = resolved.data, {stage: resolved.data.fingerprint(stage) for stage in ("fit", "test")}
+    data, fingerprints = read[text]
+    network = network_of(replace(resolved, data=data)).to("meta")
+    side = data.preprocess.image_size
+    image = torch.empty(1, data.in_channels, side, side, device="meta")
+    return {
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "flops": probe_flops(network, image, {})[1],
+        "grafts": [graft.path for graft in grafts_of(network)],
+        "images": data.describe()["sizes"]["train"],
+        "data": fingerprints,
+    }
+
+
+def _nothing_changed(plan: Mapping[str, Any], one: str, other: str) -> str:
+    a, b = (plan["variants"][name]["settings"] for name in (one, other))
+    axes = [key for key in {**a, **b} if a.get(key) != b.get(key)]
+    return f"{', '.join(axes) or 'the name'} changes nothing there; exclude one of the two"
+
+
+def freeze(store: Store, plan: Mapping[str, Any]) -> None:
+    """Write the plan. Raises `OSError`."""
+    store.write(store.plan, plan)
+
+
+def frozen(store: Store, spec: Spec, extra: Settings) -> dict[str, Any] | None:
+    """The plan in the folder, which must be the spec's; None for a new folder.
+
+    Raises `ConfigError`, naming what differs: a spec that changed after cells were computed would mix two questions.
+    """
+    if not store.plan.is_file():
+        if store.folder.is_dir() and any(store.folder.iterdir()):
+            raise ConfigError(f"{store.folder} holds other files and no ablation: choose another folder")
+        return None
+    plan = read_plan(store.folder)
+    differing = [
+        name
+        for name, ours in (("spec", spec.text), ("base", json.loads(json.dumps(spec.base))), ("set", dict(extra)))
+        if plan.get(name) != ours
+    ]
+    if differing:
+        raise ConfigError(
+            f"{store.folder} holds an ablation with another {' and another '.join(differing)} than {spec.path}: choose "
+            "another folder, or put it back (more seeds: --add-seeds)"
+        )
+    return plan

@@ -1,0 +1,201 @@
+"""The folder of an ablation: what is in it, read with suspicion and written whole.
+
+    plan.json                  variants, cells and configs, frozen; see `plan.py`
+    cells/<key>/config.yaml    the training config of the cell
+    cells/<key>/attempts       a line each time the cell was started
+    cells/<key>/log.txt        what its process printed, all attempts
+    cells/<key>/metrics.csv    a row an epoch
+    cells/<key>/result.json    what came out, once it is complete
+    cells/<key>/failure.json   why there is no result
+    cells/<key>/logits.safetensors   float16 logits and labels, "val/..." and in `confirm` "test/..."
+    cells/<key>/lock           held by the process that computes the cell; the system frees it when that one dies
+    report/                    see `report`
+
+Nothing read from it is run: JSON, YAML (safe), safetensors.
+"""
+
+import fcntl
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+
+from sagan_attn.errors import ConfigError
+from sagan_attn.surgery.graft_file import write_whole
+
+__all__ = ["BUSY", "DONE", "FAILED", "FORMAT", "Store", "read_logits", "read_plan", "read_results"]
+
+FORMAT = 1
+DONE, FAILED, BUSY = 0, 3, 75  # exit codes of a cell's process; 75: another process computes it
+OUTCOMES = ("finished", "diverged")
+
+
+class Store:
+    """The folder of an ablation."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.plan = self.folder / "plan.json"
+        self.report = self.folder / "report"
+
+    def cell(self, key: str) -> Path:
+        return self.folder / "cells" / key
+
+    def file(self, key: str, name: str) -> Path:
+        return self.cell(key) / name
+
+    def has_result(self, key: str) -> bool:
+        return self.file(key, "result.json").is_file()
+
+    def has_failed(self, key: str) -> bool:
+        return self.file(key, "failure.json").is_file() and not self.has_result(key)
+
+    def write(self, path: Path, content: Any) -> None:
+        """JSON as a whole file. Raises `OSError`."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+    def write_config(self, key: str, config: Mapping[str, Any]) -> Path:
+        path = self.file(key, "config.yaml")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, yaml.safe_dump(dict(config), sort_keys=False).encode())
+        return path
+
+    def attempts(self, key: str) -> int:
+        """How often the cell was started."""
+        path = self.file(key, "attempts")
+        return len(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else 0
+
+    def count_attempt(self, key: str, text: str) -> None:
+        with self.file(key, "attempts").open("a", encoding="utf-8") as file:
+            file.write(f"{text}\n")
+
+    def write_failure(self, key: str, kind: str, message: str) -> None:
+        """Say why a cell has no result. On a full disk not even that: the cell then just stays missing."""
+        content = {"format": FORMAT, "key": key, "kind": kind, "message": message, "attempts": self.attempts(key)}
+        with suppress(OSError):
+            self.write(self.file(key, "failure.json"), content)
+
+    @contextmanager
+    def lock(self, key: str) -> Iterator[bool]:
+        """Whether this process alone may compute the cell while inside; another one that has the lock keeps it."""
+        self.cell(key).mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.file(key, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+        finally:
+            os.close(handle)  # and with it the lock
+
+    def is_locked(self, key: str) -> bool:
+        if not self.file(key, "lock").is_file():
+            return False
+        with self.lock(key) as free:
+            return not free
+
+
+def read_plan(folder: Path) -> dict[str, Any]:
+    """plan.json. Raises `ConfigError` where there is none, or none of this library's."""
+    store = Store(folder)
+    if not store.plan.is_file():
+        raise ConfigError(f"{folder} holds no ablation: plan.json is missing")
+    plan = _json(store.plan)
+    if isinstance(plan, str):
+        raise ConfigError(f"{store.plan} {plan}")
+    if plan.get("format") != FORMAT:
+        raise ConfigError(f"{store.plan} has format {plan.get('format')!r}, this version reads {FORMAT}")
+    cells, variants = plan.get("cells"), plan.get("variants")
+    if not isinstance(cells, list) or not isinstance(variants, dict):
+        raise ConfigError(f"{store.plan} is not the plan of an ablation: cells or variants are missing")
+    for cell in cells:
+        if not isinstance(cell, dict) or not _is_key(cell.get("key")) or cell.get("variant") not in variants:
+            raise ConfigError(f"{store.plan} is not the plan of an ablation: {cell!r:.100} is no cell")
+    return plan
+
+
+def read_results(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
+    """Results and failures of the plan's cells, and what is wrong with other files there, by name.
+
+    A result that is damaged, of another cell or of another format is a problem and no result.
+    """
+    store, results, failures, problems = Store(folder), [], [], []
+    cells = {cell["key"]: cell for cell in read_plan(folder)["cells"]}
+    for key, cell in cells.items():
+        for name, found in (("result.json", results), ("failure.json", failures)):
+            path = store.file(key, name)
+            if path.is_file() and not (name == "failure.json" and store.has_result(key)):
+                content = _json(path)
+                problem = content if isinstance(content, str) else _unfit(content, cell, name)
+                if problem:
+                    problems.append(f"{path} {problem}")
+                else:
+                    found.append(content)
+    folder_of_cells = store.folder / "cells"
+    if folder_of_cells.is_dir():
+        foreign = sorted(path.name for path in folder_of_cells.iterdir() if path.name not in cells)
+        problems += [f"{folder_of_cells / name} is no cell of the plan" for name in foreign]
+    return results, failures, problems
+
+
+def read_logits(folder: Path, key: str, split: Literal["val", "test"]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Logits [N, classes] float16 and labels [N] of a cell; None where they are not stored.
+
+    Raises `ConfigError` for a damaged file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    path = Store(folder).file(key, "logits.safetensors")
+    if not path.is_file():
+        return None
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ConfigError(f"{path} is damaged: {error}") from error
+    if f"{split}/logits" not in tensors or f"{split}/labels" not in tensors:
+        return None
+    return tensors[f"{split}/logits"], tensors[f"{split}/labels"]
+
+
+def _json(path: Path) -> dict[str, Any] | str:
+    """The mapping in a file, or what is wrong with it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        return f"cannot be read: {error}"
+    return content if isinstance(content, dict) else "holds no mapping"
+
+
+def _unfit(content: Mapping[str, Any], cell: Mapping[str, Any], name: str) -> str:
+    """What is wrong with a result or failure; "" if nothing is."""
+    if content.get("format") != FORMAT:
+        return f"has format {content.get('format')!r}, this version reads {FORMAT}"
+    if content.get("key") != cell["key"]:
+        return f"is of another cell: {content.get('key')!r:.40}"
+    if name == "failure.json":
+        return "" if isinstance(content.get("message"), str) else "does not say why the cell failed"
+    for field in ("stage", "budget", "variant", "seed"):
+        if content.get(field) != cell[field]:
+            return f"is of another cell: {field} is {content.get(field)!r:.40}, the plan has {cell[field]!r}"
+    if content.get("outcome") not in OUTCOMES:
+        return f"has outcome {content.get('outcome')!r:.40}, which is none of {', '.join(OUTCOMES)}"
+    metrics = content.get("metrics")
+    if not isinstance(metrics, dict) or not isinstance(content.get("cost"), dict):
+        return "has no metrics or no cost"
+    accuracy = metrics.get("val/accuracy")
+    number = isinstance(accuracy, (int, float)) and math.isfinite(accuracy)
+    return "" if number or content["outcome"] == "diverged" else f"has the validation accuracy {accuracy!r:.40}"
+
+
+def _is_key(key: Any) -> bool:
+    return isinstance(key, str) and len(key) == 16 and all(c in "0123456789abcdef" for c in key)

@@ -1,0 +1,188 @@
+"""`python -m sagan_attn ablate <spec>`: one YAML in, a table with intervals and a verdict out."""
+
+import argparse
+import dataclasses
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from sagan_attn.commands.sites import count, outermost
+from sagan_attn.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sagan_attn.ablation.spec import Spec
+    from sagan_attn.ablation.store import Store
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("spec", type=Path, help="configs/ablation/<name>.yaml")
+    parser.add_argument("--folder", type=Path, help="of the results (default: runs/ablation/<name>)")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be run, and compute nothing")
+    parser.add_argument("--stage", choices=("screen", "confirm"), help="stop after the screen, or go on from there")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every cell: data.root=/x")
+    parser.add_argument("--workers", type=count, metavar="N", help="cells at a time (default: 1, or 1 a device)")
+    parser.add_argument("--devices", metavar="0,1", help="CUDA devices, by number; by default all, or the CPU")
+    parser.add_argument("--cells-per-device", type=count, default=1, metavar="N")
+    parser.add_argument("--threads", type=count, metavar="N", help="of a cell (default: an equal share of the cores)")
+    parser.add_argument("--ray", metavar="ADDRESS", help="run on a Ray cluster: auto or its address")
+    parser.add_argument("--retry-failed", action="store_true", help="run cells that failed once more")
+    parser.add_argument("--same-code", action="store_true", help="refuse to mix results of different code")
+    parser.add_argument("--add-seeds", type=count, metavar="N", help="N more for `confirm`, marked as added")
+    parser.add_argument("--screen-sites", action="store_true", help="screen every place of the host: which site?")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compute what is missing, then report. Returns 0 if every cell has a result, 1 if not, 130 after Ctrl-C.
+
+    Raises `ConfigError` and what else is refused before anything runs.
+    """
+    from sagan_attn.ablation import plan as plans
+    from sagan_attn.ablation.runner import run_cells
+    from sagan_attn.ablation.spec import read_spec
+    from sagan_attn.ablation.stages import add_confirm, cells_of
+    from sagan_attn.ablation.store import Store, read_results
+    from sagan_attn.training.cli import quieten
+
+    quieten()
+    spec, extra = read_spec(arguments.spec), _settings(arguments.set)
+    store = Store(arguments.folder or Path("runs") / "ablation" / spec.name)
+    if arguments.screen_sites:
+        spec, extra = _with_all_sites(spec, extra), {**extra, "screen_sites": True}
+    plan = plans.frozen(store, spec, extra)
+    new = plan is None
+    if plan is None:
+        plan = plans.new_plan(spec, {key: value for key, value in extra.items() if key != "screen_sites"})
+        plan["set"] = extra
+    if arguments.add_seeds:
+        plans.add_seeds(plan, spec, arguments.add_seeds)
+    if arguments.dry_run:
+        _print_plan(plan, _workers(arguments))
+        return 0
+    if new or arguments.add_seeds:
+        plans.freeze(store, plan)
+    try:
+        for stage in [stage.name for stage in spec.stages]:
+            if arguments.stage == "screen" and stage == "confirm":
+                break
+            if stage not in plan["stages"]:
+                chosen = add_confirm(plan, spec, read_results(store.folder)[0])
+                print(f"chosen by the screen: {', '.join(chosen)}")
+                plans.freeze(store, plan)
+            done = _compute(arguments, store, cells_of(plan, stage), run_cells)
+            if not done:
+                _report(store)
+                print(f"{stage}: not every cell has a result; the same command computes what is missing")
+                return 1
+    except KeyboardInterrupt:
+        have = sum(store.has_result(cell["key"]) for cell in plan["cells"])
+        print(f"\nstopped: {have} of {len(plan['cells'])} cells have a result; the same command goes on from there")
+        return 130
+    _report(store)
+    return 0
+
+
+def _compute(arguments: argparse.Namespace, store: "Store", cells: list[dict[str, Any]], run_cells: Any) -> bool:
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    how: dict[str, Any] = {"retry_failed": arguments.retry_failed, "same_code": arguments.same_code}
+    if arguments.ray:
+        from sagan_attn.ablation.cluster import run_on_ray
+
+        return run_on_ray(store, cells, arguments.ray, say, share=1 / arguments.cells_per_device, **how)
+    return run_cells(store, cells, _workers(arguments), say, **how)
+
+
+def _report(store: "Store") -> None:
+    from sagan_attn.commands import report
+
+    parser = argparse.ArgumentParser()
+    report.add_arguments(parser)
+    report.run(parser.parse_args([str(store.folder)]))
+
+
+def _workers(arguments: argparse.Namespace) -> Any:
+    import torch
+
+    from sagan_attn.ablation.runner import Workers
+
+    found = torch.cuda.device_count()
+    devices = arguments.devices.split(",") if arguments.devices else [str(i) for i in range(found)]
+    for device in devices:
+        if not device.strip().isdigit() or int(device) >= found:
+            raise ConfigError(f"--devices ({arguments.devices}): torch sees {found} CUDA devices here")
+    workers = arguments.workers or max(1, len(devices) * arguments.cells_per_device)
+    return Workers(workers, devices, arguments.threads)
+
+
+def _settings(given: list[str]) -> dict[str, Any]:
+    from sagan_attn.ablation.settings import check_settings
+
+    settings = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {text}: KEY=VALUE is required")
+        settings[key] = yaml.safe_load(value)
+    check_settings("--set", settings)
+    return settings
+
+
+def _with_all_sites(spec: "Spec", extra: dict[str, Any]) -> "Spec":
+    """The spec with every place of its host as the axis `site`, second names of a place left out."""
+    import torch
+
+    from sagan_attn.ablation.settings import apply_settings
+    from sagan_attn.ablation.variants import network_of
+    from sagan_attn.surgery.sites import survey
+    from sagan_attn.training.resolve import resolve_config
+
+    if spec.screen is None:
+        raise ConfigError(f"{spec.path}: --screen-sites needs a stage `screen`")
+    base = apply_settings("--set", apply_settings(str(spec.path), spec.base, spec.settings), extra)
+    resolved = resolve_config(base, str(spec.path))
+    resolved.data.setup("fit")
+    host = network_of(resolved, [])
+    side = resolved.data.preprocess.image_size
+    found, _ = survey(host, torch.zeros(1, resolved.data.in_channels, side, side), "sagan", {})
+    sites = [site.name for site in outermost(host, found) if site.positions > 1]
+    return dataclasses.replace(spec, axes={**spec.axes, "site": sites})
+
+
+def _print_plan(plan: dict[str, Any], workers: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from sagan_attn.ablation.estimate import detectable, seconds_an_image, seconds_in_all
+
+    table = Table(title=f"{plan['name']}: what would be run", title_justify="left", box=None, pad_edge=False)
+    for header in ("variant", "kind", "compared with", "parameters", "FLOPs", "ms an image", "cells"):
+        table.add_column(header, justify="left" if header in ("variant", "kind", "compared with") else "right")
+    an_image = {}
+    for name, variant in plan["variants"].items():
+        an_image[name] = seconds_an_image(variant, workers.threads_of_one())
+        cells = sum(cell["variant"] == name for cell in plan["cells"])
+        beside = "" if variant["kind"] == "baseline" else variant["baseline"]
+        numbers = (f"{variant['parameters']:,}", f"{variant['flops']:,}", f"{1000 * an_image[name]:.2f}", str(cells))
+        table.add_row(name, variant["kind"], beside, *numbers)
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console = Console(markup=False, highlight=False, width=160)
+    console.print(table)
+    for name, stage in plan["stages"].items():
+        cells = sum(cell["stage"] == name for cell in plan["cells"])
+        print(
+            f"{name}: {len(stage['variants'])} variants x {len(stage['seeds'])} seeds x epochs "
+            f"{', '.join(map(str, stage['budgets']))} = {cells} cells; smallest effect seen with 80 % power: "
+            f"{100 * detectable(plan, name):.2f} points of accuracy"
+            + ("" if name == "confirm" else " (a screen chooses; it is not quoted)")
+        )
+    sd = plan["expected_sd"]
+    known = "the spec's expected_sd" if sd else "a standard deviation of 0.2 points between runs (no expected_sd given)"
+    print(f"That effect is for {known}, unpaired, 5 % over all comparisons of a stage.")
+    seconds = seconds_in_all(plan, an_image, workers.count)
+    print(f"About {max(1, math.ceil(seconds / 60))} minutes with {workers.count} at a time on this machine.")

@@ -1,0 +1,230 @@
+"""From a spec to results: plans, keys, real cells, and the command."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from sagan_attn.__main__ import main
+from sagan_attn.ablation.cell import run_cell
+from sagan_attn.ablation.plan import add_seeds, freeze, frozen, new_plan
+from sagan_attn.ablation.spec import read_spec
+from sagan_attn.ablation.stages import add_confirm, cells_of
+from sagan_attn.ablation.store import BUSY, DONE, FAILED, Store, read_logits, read_results
+from sagan_attn.errors import ConfigError, SaganAttnError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SMALL = {
+    "data.init_args.n_train": 128,
+    "data.init_args.n_val": 33,  # a last batch of one image
+    "data.init_args.n_test": 32,
+    "data.init_args.batch_size": 32,
+    "trainer.accelerator": "cpu",
+}
+CONFIRM = {"confirm": {"seeds": 6, "epochs": [1, 2]}}
+
+
+def write_spec(folder: Path, **changes: Any) -> Path:
+    content = {
+        "base": str(CONFIGS / "lookup.yaml"),
+        "set": SMALL,
+        "axes": {"block": ["sagan", "context-max"]},
+        **CONFIRM,
+        **changes,
+    }
+    path = folder / "spec.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, dict[str, Any]]:
+    """A plan in its folder."""
+    folder = tmp_path_factory.mktemp("ablation")
+    store, plan = Store(folder / "results"), new_plan(read_spec(write_spec(folder)), {})
+    freeze(store, plan)
+    return store, plan
+
+
+def cell_of(plan: dict[str, Any], variant: str, budget: int = 1, seed: int = 1000) -> dict[str, Any]:
+    (cell,) = [c for c in plan["cells"] if (c["variant"], c["budget"], c["seed"]) == (variant, budget, seed)]
+    return cell
+
+
+def test_the_plan(planned: tuple[Store, dict[str, Any]], tmp_path: Path):
+    _, plan = planned
+    assert len(plan["cells"]) == 3 * 6 * 2 == len({cell["key"] for cell in plan["cells"]})
+    # the host: patches 3*4*4*64 + 128, local 64*128*9 + 256, mixes 2 * (128*128 + 256), head 1290
+    assert plan["variants"]["none"]["parameters"] == 3072 + 128 + 73728 + 256 + 2 * (16384 + 256) + 1290
+    assert plan["variants"]["sagan"]["parameters"] - 111_754 == 2 * (128 * 16 + 16) + 128 * 128 + 128 + 1
+    # other spellings of the same are the same
+    settings = {key: float(value) if isinstance(value, int) else value for key, value in SMALL.items()}
+    settings = dict(reversed(settings.items())) | {"data.init_args.num_workers": 2}
+    same = new_plan(read_spec(write_spec(tmp_path, set=settings | SMALL, axes={"block": ["context-max", "sagan"]})), {})
+    assert {cell["key"] for cell in same["cells"]} == {cell["key"] for cell in plan["cells"]}
+    # another image is another key
+    other = new_plan(read_spec(write_spec(tmp_path, set={**SMALL, "data.init_args.data_seed": 1})), {})
+    assert not {cell["key"] for cell in other["cells"]} & {cell["key"] for cell in plan["cells"]}
+
+
+def test_a_frozen_plan_is_not_changed(planned: tuple[Store, dict[str, Any]], tmp_path: Path):
+    store, plan = planned
+    spec = read_spec(write_spec(tmp_path))
+    assert frozen(store, spec, {}) == json.loads(json.dumps(plan))
+    with pytest.raises(ConfigError, match="with another set than"):
+        frozen(store, spec, {"lr": 1})
+    with pytest.raises(ConfigError, match=r"with another spec than.*--add-seeds"):
+        frozen(store, read_spec(write_spec(tmp_path, expected_sd=0.1)), {})
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(ConfigError, match="holds other files and no ablation"):
+        frozen(Store(tmp_path / "other"), spec, {})
+    more = json.loads(json.dumps(plan))
+    add_seeds(more, spec, 2)
+    added = [cell for cell in more["cells"] if cell["added"]]
+    assert sorted({cell["seed"] for cell in added}) == [1006, 1007]
+    assert len(added) == 3 * 2 * 2
+    assert more["cells"][: len(plan["cells"])] == plan["cells"]
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "are the same training run.*num_workers changes nothing": {
+        "variants": {"slow": {"block": "sagan", "data.init_args.num_workers": 1}}
+    },
+    "'a' and 'sagan' are the same training run": {"variants": {"a": {"block": "sagan"}}},
+    "a: .*does not accept option 'model.widht'": {"variants": {"a": {"model.widht": 3}}},
+    "a: .*heads": {"variants": {"a": {"heads": 3}}},
+    "a: unknown block 'sagann'; did you mean sagan": {"variants": {"a": {"block": "sagann"}}},
+    "needs validation images": {"set": {**SMALL, "data.init_args.n_val": 0}},
+    r"n_train \(-1\)": {"set": {**SMALL, "data.init_args.n_train": -1}},
+    "names 'x'; there are 'none'": {"confirm": {"seeds": 6, "choose": ["x"]}},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_refused_before_anything_runs(tmp_path: Path, message: str):
+    with pytest.raises(SaganAttnError, match=message):
+        new_plan(read_spec(write_spec(tmp_path, **REFUSED[message])), {})
+
+
+@pytest.fixture(scope="module")
+def computed(planned: tuple[Store, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Results of the first seed."""
+    store, plan = planned
+    for variant in ("none", "sagan", "context-max"):
+        assert run_cell(store.folder, cell_of(plan, variant)["key"], 1) == DONE
+    results, failures, problems = read_results(store.folder)
+    assert not failures
+    assert not problems
+    return {result["variant"]: result for result in results}
+
+
+def test_results(planned: tuple[Store, dict[str, Any]], computed: dict[str, dict[str, Any]]):
+    store, plan = planned
+    for name, result in computed.items():
+        metrics = result["metrics"]
+        for split, images in (("val", 33), ("test", 32)):
+            logits, labels = read_logits(store.folder, result["key"], split)  # type: ignore[misc]
+            assert len(labels) == images
+            assert metrics[f"{split}/accuracy"] == pytest.approx(np.mean(logits.argmax(1) == labels), abs=1 / images)
+            shifted = logits.astype(float) - logits.max(1, keepdims=True)
+            picked = shifted[np.arange(images), labels] - np.log(np.exp(shifted).sum(1))
+            assert metrics[f"{split}/loss"] == pytest.approx(-picked.mean(), abs=2e-3)
+        assert result["curves"][-1]["val/accuracy"] == pytest.approx(metrics["val/accuracy"])
+        assert result["cost"]["parameters"] == plan["variants"][name]["parameters"]
+        knocked = result["knockouts"]
+        assert (
+            set(knocked)
+            == {
+                "none": set(),
+                "context-max": {"as_trained", "disabled"},
+                "sagan": {"as_trained", "disabled", "uniform", "other_image"},
+            }[name]
+        )
+        if knocked:
+            assert knocked["as_trained"] == metrics["val/accuracy"]
+            ((share,),) = (list(one.values()) for one in result["evidence"].values())
+            assert 0 < share < 1
+    assert {path.name for path in store.cell(computed["none"]["key"]).iterdir()} == {
+        *("attempts", "config.yaml", "lock", "logits.safetensors", "metrics.csv", "result.json")
+    }
+
+
+def test_a_cell_is_a_fit(planned: tuple[Store, dict[str, Any]], computed: dict[str, dict[str, Any]], tmp_path: Path):
+    """Alone or in a sweep: the same numbers."""
+    from sagan_attn.training.cli import main as train
+
+    store, _ = planned
+    result = computed["sagan"]
+    torch.rand(7)
+    config = store.file(result["key"], "config.yaml")
+    assert train(["fit", "--config", str(config), "--run_dir", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "metrics.csv").read_text() == store.file(result["key"], "metrics.csv").read_text()
+
+
+def test_done_busy_and_changed_data(
+    planned: tuple[Store, dict[str, Any]], computed: dict[str, dict[str, Any]], tmp_path: Path
+):
+    store, plan = planned
+    assert run_cell(store.folder, computed["none"]["key"]) == DONE
+    assert store.attempts(computed["none"]["key"]) == 1
+    key = cell_of(plan, "none", seed=1001)["key"]
+    with store.lock(key) as free:
+        assert free
+        assert run_cell(store.folder, key) == BUSY
+    other = Store(tmp_path)
+    changed = json.loads(json.dumps(plan))
+    changed["variants"]["none"]["data"]["fit"] = "0" * 64
+    freeze(other, changed)
+    assert run_cell(other.folder, key) == FAILED
+    (failure,) = read_results(other.folder)[1]
+    assert failure["kind"] == "refused"
+    assert "the fit images have changed since the plan was made" in failure["message"]
+
+
+def test_divergence_is_an_outcome(tmp_path: Path):
+    spec = read_spec(write_spec(tmp_path, set={**SMALL, "lr": 1e30}))
+    store, plan = Store(tmp_path / "results"), new_plan(spec, {})
+    freeze(store, plan)
+    assert run_cell(store.folder, cell_of(plan, "sagan")["key"], 1) == DONE
+    ((result,), _, problems) = read_results(store.folder)
+    assert not problems
+    assert result["outcome"] == "diverged"
+
+
+def test_the_screen_chooses(tmp_path: Path):
+    spec = read_spec(
+        write_spec(tmp_path, screen={"seeds": 2, "epochs": [1]}, confirm={"seeds": 6, "epochs": [1, 2], "choose": 1})
+    )
+    plan = new_plan(spec, {})
+    accuracies = {"none": 0.9, "sagan": 0.5, "context-max": 0.4}
+    results = [
+        {**cell, "outcome": "finished", "metrics": {"val/accuracy": accuracies[cell["variant"]]}}
+        for cell in cells_of(plan, "screen")
+    ]
+    with pytest.raises(ConfigError, match="the screen lacks 1 cells"):
+        add_confirm(json.loads(json.dumps(plan)), spec, results[1:])
+    results[-1]["metrics"]["val/accuracy"] = 0.99
+    again = json.loads(json.dumps(plan))
+    assert add_confirm(again, spec, results) == ["context-max"]  # 0.695 on average
+    assert again["stages"]["confirm"]["variants"] == ["none", "context-max"]
+    results[-1]["outcome"] = "diverged"
+    assert add_confirm(plan, spec, results) == ["sagan"]
+
+
+def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["ablate", str(write_spec(tmp_path)), "--dry-run", "--set", "lr=0.01", "--threads", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "confirm: 3 variants x 6 seeds x epochs 1, 2 = 36 cells; smallest effect seen with 80 % power" in out
+    assert "132,395" in out
+    assert not (tmp_path / "runs").exists()
+    for arguments, message in ((["--set", "lr"], "KEY=VALUE"), (["--set", "x=1"], "unknown key 'x'")):
+        assert main(["ablate", str(write_spec(tmp_path)), *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["ablate", str(write_spec(tmp_path)), "--devices", "99"]) == 2
+    assert "CUDA devices" in capsys.readouterr().err
