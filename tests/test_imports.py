@@ -32,14 +32,16 @@ def layer_of(path: Path) -> str:
 
 def imported(path: Path) -> list[str]:
     """Full names of the modules a file imports anywhere, in functions too."""
-    names = []
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"relative import in {path}"
-            names += [f"{node.module}.{alias.name}" for alias in node.names]
-    return names
+    return [name for node in ast.walk(ast.parse(path.read_text())) for name in imported_by(node)]
+
+
+def imported_by(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        assert node.level == 0, f"relative import of {node.module}"
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    return []
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -61,11 +63,25 @@ def test_arrows(path: Path):
 def test_the_arrows_are_seen():
     assert "torch.nn" in imported(ROOT / "surgery" / "point.py")
     assert "torch.utils.flop_counter" in imported(ROOT / "surgery" / "cost.py")  # a lazy one
-    assert {layer_of(path) for path in FILES} >= {"errors", "functional", "blocks", "surgery"}
+    assert {layer_of(path) for path in FILES} >= {"errors", "functional", "kernels", "blocks", "surgery"}
+
+
+def test_functional_has_one_door_to_the_kernels():
+    """A lazy one, behind which the operators are; and Triton is behind these, at the first call."""
+    functional = [path for path in FILES if layer_of(path) == "functional"]
+    doors = [path for path in functional if any(name.startswith("sagan_attn.kernels") for name in imported(path))]
+    assert doors == [ROOT / "functional" / "door.py"]
+    at_once = [name for node in ast.parse(doors[0].read_text()).body for name in imported_by(node)]
+    assert not [name for name in at_once if name.startswith("sagan_attn.kernels")]
+    of_triton = {path.name for path in FILES if any(name.split(".")[0] == "triton" for name in imported(path))}
+    assert of_triton == {"backward.py", "forward.py", "tiles.py"}
+    code = "import sys, sagan_attn.kernels.op; print('triton' in sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "False"
 
 
 def test_importing_the_package_loads_torch_alone():
-    forbidden = ["lightning", "matplotlib", "timm", "torchvision", "sklearn", "torch._dynamo", "pandas"]
+    forbidden = ["lightning", "matplotlib", "timm", "torchvision", "sklearn", "torch._dynamo", "pandas", "triton"]
     code = f"import sys, sagan_attn; print([name for name in {forbidden} if name in sys.modules])"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"

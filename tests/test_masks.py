@@ -1,5 +1,6 @@
 """Lengths and masks: in the functional core, and on the maps of the blocks."""
 
+import inspect
 from itertools import product
 from typing import Any
 
@@ -79,9 +80,11 @@ def test_weights_are_those_of_the_allowed_keys_alone(score: str, masked: str):
         assert not means[b, h, n, ~keys].any()
 
 
-SERVED = [("softmax" if path in ("sdpa", "sdpa_padded") else "mean", path) for path in PATHS if path != "flex"] + [
+SERVED = [
+    ("softmax" if path in ("sdpa", "sdpa_padded") else "mean", path) for path in PATHS if path not in ("flex", "fused")
+] + [
     ("softmax", path) for path in ("auto", "materialised", "chunked")
-]  # "flex" takes no masks
+]  # "flex" takes no masks, and "fused" is tested in tests/kernels
 
 
 @masked
@@ -249,7 +252,11 @@ def test_dropout_in_groups_drops_the_same_weights_in_the_backward_pass(monkeypat
     torch.testing.assert_close((gradient * v).sum(), (output * towards).sum())  # the output is linear in the values
 
 
-MAPS = [(name, options) for name, options in CASES if not name.startswith("context")]
+MAPS = [
+    (name, options)
+    for name, options in CASES
+    if "mask" in inspect.signature(create_block(name, 32, **options).forward).parameters  # not so controls
+]
 
 
 @pytest.mark.parametrize(("name", "options"), MAPS, ids=str)

@@ -1,5 +1,6 @@
 """The door to attention: every way gives the same numbers, refuses what it cannot serve, and is chosen by the rule."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 from sagan_attn import functional
 from sagan_attn.blocks import create_block
 from sagan_attn.errors import BlockError
-from sagan_attn.functional import paths
+from sagan_attn.functional import door, paths
 
 TRAINING = ("materialised", "chunked", "sdpa", "sdpa_padded")
 
@@ -92,12 +93,91 @@ def test_exports_get_no_chunks(taken: list[str], monkeypatch: pytest.MonkeyPatch
         ("flex", {"dropout": 0.5}, "dropout of weights"),
         ("flex", {"mask": torch.ones(1, 1, 1, 6, dtype=torch.bool)}, "masks"),
         ("flex", {}, "tensors on the CPU"),
+        ("fused", {"normalize": "mean"}, "score 'dot' with normalize 'mean'"),
+        ("fused", {}, "tensors on cpu: an NVIDIA GPU is required"),
     ],
 )
 def test_what_a_way_cannot_serve_is_refused_by_name(path: Any, options: dict[str, Any], reason: str):
     x = rows(1, 1, 6, 4)
     with pytest.raises(BlockError, match=f"path '{path}' cannot serve {reason}"):
         functional.attend(x, x, x, path=path, **options)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Tensors on the CPU pass for such on a GPU with the kernels; the list takes what they were asked for."""
+    asked: list[str] = []
+
+    def fused(query: Tensor, key: Tensor, value: Tensor, *how: Any) -> Tensor:
+        asked.append("fused")
+        return paths._materialised(query, key, value, *how)
+
+    monkeypatch.setattr(door, "INTERPRETED", True)
+    monkeypatch.setitem(paths._WAYS, "fused", fused)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "reason"),
+    [
+        ((129, 4), torch.float32, "a query 129 wide: at most 128"),
+        ((4, 1025), torch.bfloat16, "a value 1025 wide: at most 1024"),
+        ((4, 4), torch.float64, "tensors of torch.float64"),
+    ],
+)
+def test_what_the_kernels_cannot_hold(sizes: tuple[int, int], dtype: torch.dtype, reason: str, gpu: list[str]):
+    query, value = rows(1, 1, 6, sizes[0], dtype=dtype), rows(1, 1, 6, sizes[1], dtype=dtype)
+    with pytest.raises(BlockError, match=f"path 'fused' cannot serve {reason}"):
+        functional.attend(query, query, value, path="fused")
+    assert not door.kernels_serve(query, query, value, {})
+    functional.attend(query[..., :4], query[..., :4], value.float()[..., :4], path="auto")
+    assert gpu == []  # on the CPU, whatever serves
+
+
+def test_a_position_on_a_map_too_large_for_the_kernels(gpu: list[str]):
+    x = rows(1, 1, 300, 4)
+    with pytest.raises(BlockError, match="path 'fused' cannot serve a position on maps of 300 x 1: at most 256 a side"):
+        functional.attend(x, x, x, path="fused", position=(torch.ones(599, 4), torch.ones(1, 4)))
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    device = torch.device("cuda", 0)
+
+
+def test_the_rule_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    found = SimpleNamespace(major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(door, "_warned", set())
+    plain = rows(1, 1, 6, 4), rows(1, 1, 6, 4).double(), rows(1, 1, 6, 200)
+    x, double, wide = (y.as_subclass(Elsewhere) for y in plain)
+
+    def chosen(x: Tensor, dropout: float = 0.0, **how: Any) -> str:
+        return paths._chosen(x, x, x, dropout, how)
+
+    assert chosen(x) == "materialised"
+    monkeypatch.setattr(paths, "FUSED_FROM", 36)
+    assert chosen(x[:, :, :5]) == "materialised"
+    assert chosen(x) == chosen(x, 0.5) == chosen(x, position=(torch.ones(3, 4), torch.ones(5, 4))) == "fused"
+    assert chosen(x, mask=torch.ones(1, 1, 1, 6, dtype=torch.bool), valid_lens=torch.ones(1, 6).long()) == "fused"
+    assert chosen(double) == chosen(wide) == chosen(x, score="additive") == "materialised"
+    assert chosen(x, normalize="mean") == "factored"
+    monkeypatch.setattr(paths, "CHUNKED_FROM_ON_GPU", 30)
+    assert chosen(wide) == "chunked"
+    monkeypatch.setattr(paths, "CHUNKED_FROM_ON_GPU", 1000)
+    found.major, found.minor = 7, 5
+    with pytest.warns(UserWarning, match=r"cannot serve a GPU of compute capability 7.5: at least 8.0 is required"):
+        assert chosen(x) == "materialised"
+    assert chosen(x) == "materialised"  # and not a word more
+    monkeypatch.setattr(door, "TRITON", False)
+    with pytest.warns(UserWarning, match="cannot serve a machine without Triton"):
+        assert chosen(x) == "materialised"
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    monkeypatch.setattr(door, "TRITON", True)
+    with pytest.warns(UserWarning, match="tensors on an AMD GPU"):
+        assert chosen(x) == "materialised"
 
 
 def test_an_unknown_path():

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import timm
+import yaml
 from PIL import Image
 
+from sagan_attn.__main__ import COMMANDS as PACKAGE_COMMANDS
 from sagan_attn.blocks import block_names
 from sagan_attn.training.cli import main
 
@@ -22,7 +24,7 @@ COMMANDS = [line for language, code in BLOCKS if language == "bash" for line in 
 def test_there_are_examples():
     assert len(PYTHON) >= 3
     assert len(COMMANDS) >= 5
-    assert {language for language, _ in BLOCKS} == {"python", "bash"}
+    assert {language for language, _ in BLOCKS} == {"python", "bash", "yaml"}
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
@@ -48,6 +50,17 @@ def test_training_commands_parse(command, request, monkeypatch, capsys):
         main([*arguments, "--print_config"])
     assert stop.value.code == 0
     assert "host:" in capsys.readouterr().out
+
+
+def test_the_ablation_is_the_shipped_one():
+    (text,) = [code for language, code in BLOCKS if language == "yaml"]
+    shipped = yaml.safe_load((ROOT / "configs" / "ablation" / "cifar10.yaml").read_text(encoding="utf-8"))
+    assert yaml.safe_load(text) == {key: value for key, value in shipped.items() if key != "expected_sd"}
+
+
+def test_commands_of_the_package_exist():
+    used = {shlex.split(line)[3] for line in COMMANDS if line.startswith("python -m sagan_attn")}
+    assert used == set(PACKAGE_COMMANDS)
 
 
 def test_the_two_commands_are_those_of_ci():

@@ -85,7 +85,7 @@ def run_cell(folder: Path, key: str, threads: int | None = None) -> int:
         if threads:
             torch.set_num_threads(threads)
         started = datetime.now(UTC).isoformat(timespec="seconds")
-        store.count_attempt(key, started)
+        store.count_attempt(key, f"{started} {os.getpid()}")
         try:
             with _scratch(store.file(key, "run")) as scratch:
                 result = _compute(store, plan, cell, scratch)

@@ -12,11 +12,12 @@ from torch.utils.checkpoint import checkpoint
 from sagan_attn.errors import BlockError
 from sagan_attn.functional.attention import allowed_keys, attention_output, attention_weights, check_lens, check_mask
 from sagan_attn.functional.chunks import chunked_attention
+from sagan_attn.functional.door import kernels_serve, obstacle_to_kernels, through_kernels
 from sagan_attn.functional.precision import no_autocast, product_dtype
 
 __all__ = ["PATHS", "Path", "attend", "obstacle_to"]
 
-Path = Literal["auto", "materialised", "chunked", "factored", "sdpa", "sdpa_padded", "flex"]
+Path = Literal["auto", "materialised", "chunked", "factored", "fused", "sdpa", "sdpa_padded", "flex"]
 PATHS = get_args(Path)
 
 # The rule of "auto", as measured by `python -m sagan_attn bench block` on two cores (benchmarks/block_cpu.json): from
@@ -24,8 +25,9 @@ PATHS = get_args(Path)
 CHUNKED_FROM = {"dot": 2**23, "any": 2**24}
 # but without gradients, for values up to so wide and so many scores a map, torch's fused kernel is as fast or faster.
 PADDED_WIDTH, PADDED_FROM = 64, 2**24
-# Not measured: a GPU is kept busy by many scores at once, so there chunks only save memory.
-CHUNKED_FROM_ON_GPU = 2**27
+# Not measured: on a GPU the kernels are for scores that would take memory (64 MB in float32, and twice that to train);
+# benchmarks/gpu.py says whether they should serve smaller maps too. Where they cannot, chunks only save memory.
+FUSED_FROM, CHUNKED_FROM_ON_GPU = 2**24, 2**27
 CHUNK_SCORES = 2**22  # held at a time through checkpoints
 CHUNK_ROWS = 64  # fewer queries at a time waste the multiplication, so rather fewer samples
 
@@ -53,13 +55,17 @@ def attend(
             grows linearly with N. Second derivatives hold all weights.
             "factored": q (k^T v) instead of (q k^T) v, linear in time as well; for the dot score with
             normalize="mean", without position or dropout, and masks over keys alone.
+            "fused": one kernel on an NVIDIA GPU (Triton; compute capability 8.0), made for narrow queries and wide
+            values: nothing of size N x M, also with a position, masks, valid_lens and dropout. For softmax of dot
+            products, d up to 128 and D up to 1024, not in float64. Second derivatives hold all weights, and are
+            refused with dropout.
             "sdpa": `F.scaled_dot_product_attention` as it is; "sdpa_padded": with queries and keys padded with zeros
             to the width of the values, or the other way round, and all in rows, as its fused kernels want it. For
             softmax of dot products without position. Second derivatives are refused by torch where a fused kernel ran.
             "flex": torch's compiled FlexAttention; as "sdpa", without masks and dropout, and not on the CPU.
-            "auto": factored where that serves, chunked for many scores (or "sdpa_padded", for narrow values without
-            gradients on the CPU), else materialised; `torch.export` gets no chunks, because its graphs serve other
-            backends too.
+            "auto": factored where that serves; for many scores fused on a GPU, and chunked elsewhere (or
+            "sdpa_padded", for narrow values without gradients on the CPU); else materialised. `torch.export` gets
+            neither chunks nor kernels, because its graphs serve other backends too.
 
     Raises:
         BlockError: an unknown path, or one that cannot serve what is asked; see also `attention_weights`.
@@ -68,7 +74,7 @@ def attend(
         raise BlockError(f"path ({path!r}) must be one of {', '.join(PATHS)}")
     if path == "auto":
         path = _chosen(query, key, value, dropout, how)
-    elif obstacle := obstacle_to(path, dropout, how) or _obstacle_here(path, query, key, value):
+    elif obstacle := obstacle_to(path, dropout, how) or _obstacle_here(path, query, key, value, how):
         raise BlockError(f"path {path!r} cannot serve {obstacle}")
     return _WAYS[path](query, key, value, scale, dropout, how)
 
@@ -79,6 +85,9 @@ def _chosen(query: Tensor, key: Tensor, value: Tensor, dropout: float, how: Mapp
     if torch.compiler.is_exporting() or query.is_meta:  # no memory to save there
         return "materialised"
     scores = _scores(query, key, how)
+    many = query.device.type == "cuda" and scores >= FUSED_FROM
+    if many and not obstacle_to("fused", dropout, how) and kernels_serve(query, key, value, how):
+        return "fused"
     if query.device.type != "cpu":
         return "chunked" if scores >= CHUNKED_FROM_ON_GPU else "materialised"
     if _obstacle_to_groups(dropout, how):
@@ -104,6 +113,8 @@ def obstacle_to(path: Path, dropout: float, how: Mapping[str, Any]) -> str | Non
     score, normalize = how.get("score", "dot"), how.get("normalize", "softmax")
     if score != "dot" or normalize != ("mean" if path == "factored" else "softmax"):
         return f"score {score!r} with normalize {normalize!r}"
+    if path == "fused":
+        return None
     if how.get("position") is not None:
         return "a position in the scores"
     if dropout and path in ("factored", "flex"):
@@ -117,8 +128,10 @@ def obstacle_to(path: Path, dropout: float, how: Mapping[str, Any]) -> str | Non
     return None
 
 
-def _obstacle_here(path: Path, query: Tensor, key: Tensor, value: Tensor) -> str | None:
-    """What keeps FlexAttention from serving these tensors."""
+def _obstacle_here(path: Path, query: Tensor, key: Tensor, value: Tensor, how: Mapping[str, Any]) -> str | None:
+    """What keeps FlexAttention or the fused kernels from serving these tensors."""
+    if path == "fused":
+        return obstacle_to_kernels(query, key, value, how)
     if path != "flex":
         return None
     if query.numel() == 0 or key.numel() == 0 or value.numel() == 0:
@@ -213,6 +226,13 @@ def _factored(
         return (torch.matmul(query.to(precise), summary) * scale / count).to(value.dtype)
 
 
+def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float, how: Mapping[str, Any]) -> Tensor:
+    if query.numel() == 0 or key.numel() == 0 or value.numel() == 0:
+        return _materialised(query, key, value, scale, dropout, how)
+    _refuse_unknown(how)
+    return through_kernels(query, key, value, scale, dropout, how)
+
+
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float, how: Mapping[str, Any]) -> Tensor:
     _refuse_unknown(how)
     shape = (*query.shape[:3], key.shape[2])
@@ -252,6 +272,7 @@ _WAYS = {
     "materialised": _materialised,
     "chunked": _chunked,
     "factored": _factored,
+    "fused": _fused,
     "sdpa": _sdpa,
     "sdpa_padded": _sdpa_padded,
     "flex": _flex,

@@ -1,5 +1,6 @@
 """From a spec to results: plans, keys, real cells, and the command."""
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,22 @@ def test_done_busy_and_changed_data(
     (failure,) = read_results(other.folder)[1]
     assert failure["kind"] == "refused"
     assert "the fit images have changed since the plan was made" in failure["message"]
+
+
+def test_a_full_disk_loses_nothing(planned: tuple[Store, dict[str, Any]], monkeypatch: pytest.MonkeyPatch):
+    store, plan = planned
+    key = cell_of(plan, "none", seed=1002)["key"]
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write", full)  # of the result, and of the failure as well
+        assert run_cell(store.folder, key, 1) == FAILED
+    assert not store.has_result(key)
+    assert not store.has_failed(key)
+    assert run_cell(store.folder, key, 1) == DONE
+    assert store.attempts(key) == 2
 
 
 def test_divergence_is_an_outcome(tmp_path: Path):

@@ -267,7 +267,8 @@ def test_masks_that_do_not_fit():
     with pytest.raises(BlockError, match=r"valid_lens must be a tensor of whole numbers, not a list"):
         block(x, x, x, [1, 2])
     with pytest.raises(
-        BlockError, match=r"path \('factored'\) must be 'auto', 'materialised', 'chunked', 'sdpa' or 'sdpa_padded'"
+        BlockError,
+        match=r"path \('factored'\) must be 'auto', 'materialised', 'chunked', 'fused', 'sdpa' or 'sdpa_padded'",
     ):
         MultiHeadAttention(4, 4, 4, 4, 2, path="factored")
 

@@ -1,0 +1,104 @@
+"""Which attentions of a model are meant: those of its grafts, and modules that can be read beside them."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from sagan_attn.blocks.base import MapAttention
+from sagan_attn.errors import GraftError
+from sagan_attn.surgery import Graft, grafts_of
+from sagan_attn.viz.adapters import adapter_of
+
+__all__ = ["At", "Target", "targets_of"]
+
+At = str | Graft | Sequence[str | Graft] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """One attention.
+
+    Args:
+        path: of the attention in the model.
+        site: of its graft; the path where it is in none.
+        words: what it can be called by beside its path.
+        root: the module whose call comes with the map: the graft's block, or the attention itself.
+        attention: a `MapAttention`, or a module of another library.
+    """
+
+    path: str
+    site: str
+    words: tuple[str, ...]
+    root: nn.Module
+    attention: nn.Module
+
+
+def targets_of(model: nn.Module, at: At) -> list[Target]:
+    """The attentions that `at` means, each once; see `record_attention`.
+
+    Raises:
+        GraftError: there is none, or one that `at` names has no weights or is not there.
+    """
+    grafts = grafts_of(model)
+    if at is None:
+        found = [target for graft in grafts for target in _in_graft(graft)]
+        if not found and not grafts:
+            found = [target for name, module in model.named_modules() for target in _in_module(name, module)]
+        if not found:
+            kinds = ", ".join(sorted({type(graft.block).__name__ for graft in grafts}))
+            what = f"its grafts ({kinds}) have none" if grafts else "it has no grafts, and no attention of its own"
+            raise GraftError(f"{type(model).__name__} has no attention weights to record: {what}")
+        return _each_once(found)
+    asked = [at] if isinstance(at, (str, Graft)) else list(at)
+    if not asked:
+        raise GraftError("at is empty: name at least one graft, or pass None for all")
+    return _each_once([target for one in asked for target in _named(model, grafts, one)])
+
+
+def _named(model: nn.Module, grafts: Sequence[Graft], one: str | Graft) -> list[Target]:
+    if isinstance(one, Graft):
+        chosen = [graft for graft in grafts if graft.block is one.block]
+        if not chosen:
+            raise GraftError(f"graft {one.name!r} at {one.site!r} is not in this model")
+    else:
+        chosen = [graft for graft in grafts if one in (graft.site, graft.name, graft.path)]
+    if chosen:
+        found = [target for graft in chosen for target in _in_graft(graft)]
+        if not found:
+            first = chosen[0]
+            kind = type(first.block).__name__
+            raise GraftError(f"graft {first.name!r} at {first.site!r} is a {kind}: no attention weights")
+        return found
+    inside = [target for graft in grafts for target in _in_graft(graft) if target.path == one]
+    modules = dict(model.named_modules())
+    if not inside and one in modules:
+        root = modules[str(one)]
+        inside = [t for name, m in root.named_modules(prefix=str(one)) for t in _in_module(name, m, root)]
+        if not inside:
+            raise GraftError(f"{one!r} is a {type(root).__name__}: no attention weights")
+    if not inside:
+        others = [name for name, module in modules.items() if _readable(module)]
+        known = list(dict.fromkeys([*(word for g in grafts for word in (g.site, g.name, g.path)), *others]))
+        near = difflib.get_close_matches(str(one), known, n=5, cutoff=0.5) or known[:5]
+        raise GraftError(f"no attention is called {one!r}; near names: {', '.join(near) or 'none'}")
+    return inside
+
+
+def _in_graft(graft: Graft) -> list[Target]:
+    modules = graft.block.named_modules(prefix=graft.path)
+    words = (graft.site, graft.name, graft.path)
+    return [Target(path, graft.site, words, graft.block, module) for path, module in modules if _readable(module)]
+
+
+def _in_module(name: str, module: nn.Module, root: nn.Module | None = None) -> list[Target]:
+    return [Target(name, name, (name,), module if root is None else root, module)] if _readable(module) else []
+
+
+def _readable(module: nn.Module) -> bool:
+    return isinstance(module, MapAttention) or adapter_of(module) is not None
+
+
+def _each_once(found: Sequence[Target]) -> list[Target]:
+    return list({id(target.attention): target for target in reversed(found)}.values())[::-1]
