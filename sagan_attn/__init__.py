@@ -25,14 +25,19 @@ from sagan_attn.surgery import (
 
 if TYPE_CHECKING:
     from sagan_attn.surgery.hub import HubGrafts
+    from sagan_attn.viz.record import record_attention
 else:  # hidden from type checkers, which would take any name for one of this module
 
     def __getattr__(name: str) -> object:
-        """`HubGrafts` when it is asked for: importing the package loads torch alone, without huggingface_hub."""
+        """These when they are asked for: importing the package loads torch alone, without huggingface_hub."""
         if name == "HubGrafts":
             from sagan_attn.surgery.hub import HubGrafts
 
             return HubGrafts
+        if name == "record_attention":
+            from sagan_attn.viz.record import record_attention
+
+            return record_attention
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -52,6 +57,7 @@ __all__ = [
     "is_grafted",
     "load_grafts",
     "prune_heads",
+    "record_attention",
     "save_grafts",
     "sites",
     "summary",

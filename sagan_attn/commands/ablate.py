@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.add_seeds:
         plans.add_seeds(plan, spec, arguments.add_seeds)
     if arguments.dry_run:
-        _print_plan(plan, _workers(arguments))
+        _print_plan(spec, plan, _workers(arguments))
         return 0
     if new or arguments.add_seeds:
         plans.freeze(store, plan)
@@ -153,11 +153,11 @@ def _with_all_sites(spec: "Spec", extra: dict[str, Any]) -> "Spec":
     return dataclasses.replace(spec, axes={**spec.axes, "site": sites})
 
 
-def _print_plan(plan: dict[str, Any], workers: Any) -> None:
+def _print_plan(spec: "Spec", plan: dict[str, Any], workers: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from sagan_attn.ablation.estimate import detectable, seconds_an_image, seconds_in_all
+    from sagan_attn.ablation.estimate import DEFAULT_SD, detectable, outlook, seconds_an_image
 
     table = Table(title=f"{plan['name']}: what would be run", title_justify="left", box=None, pad_edge=False)
     for header in ("variant", "kind", "compared with", "parameters", "FLOPs", "ms an image", "cells"):
@@ -173,16 +173,24 @@ def _print_plan(plan: dict[str, Any], workers: Any) -> None:
     if not console.is_terminal:
         console = Console(markup=False, highlight=False, width=160)
     console.print(table)
-    for name, stage in plan["stages"].items():
-        cells = sum(cell["stage"] == name for cell in plan["cells"])
+    seconds = 0.0
+    for stage in spec.stages:
+        ahead = outlook(plan, stage, an_image)
+        seconds += ahead.seconds
         print(
-            f"{name}: {len(stage['variants'])} variants x {len(stage['seeds'])} seeds x epochs "
-            f"{', '.join(map(str, stage['budgets']))} = {cells} cells; smallest effect seen with 80 % power: "
-            f"{100 * detectable(plan, name):.2f} points of accuracy"
-            + ("" if name == "confirm" else " (a screen chooses; it is not quoted)")
+            f"{stage.name}: {ahead.variants} variants x {ahead.seeds} seeds x epochs "
+            f"{', '.join(map(str, ahead.budgets))} = {ahead.cells} cells; "
+            + (
+                f"smallest effect seen with 80 % power: {100 * detectable(plan, ahead):.2f} points of accuracy"
+                if stage.name == "confirm"
+                else "it chooses, and nothing of it is quoted"
+            )
         )
-    sd = plan["expected_sd"]
-    known = "the spec's expected_sd" if sd else "a standard deviation of 0.2 points between runs (no expected_sd given)"
-    print(f"That effect is for {known}, unpaired, 5 % over all comparisons of a stage.")
-    seconds = seconds_in_all(plan, an_image, workers.count)
-    print(f"About {max(1, math.ceil(seconds / 60))} minutes with {workers.count} at a time on this machine.")
+    sd = plan["expected_sd"] or DEFAULT_SD
+    known = "the spec's expected_sd" if plan["expected_sd"] else "no expected_sd is given"
+    print(
+        f"That effect is for a standard deviation of {100 * sd:g} points between runs ({known}), unpaired, 5 % over "
+        "all comparisons of the stage."
+    )
+    minutes = math.ceil(seconds / workers.count / 60)
+    print(f"About {minutes} minutes with {workers.count} at a time on this machine.")

@@ -129,6 +129,7 @@ def record_attention(
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for target in targets:
             writer = _Writer(target, recording, asked, max_bytes)
+            stack.callback(setattr, writer, "open", False)
             if isinstance(target.attention, MapAttention):
                 stack.enter_context(_intervening(target, target.attention, writer))
             else:
@@ -159,6 +160,7 @@ class _Writer:
         self.recording = recording
         self.queries = queries
         self.max_bytes = max_bytes
+        self.open = True  # a copy of the model made inside keeps hooks, which then do nothing
         self.sizes: list[tuple[int, int]] = []  # of the map of the call under way, and of its context
 
     def write(
@@ -247,6 +249,8 @@ def _intervening(target: Target, attention: MapAttention, writer: _Writer) -> It
     recorder = _Recorder(attention, attention.intervention, writer)
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not writer.open:
+            return
         if not recorder.holds(attention.intervention):
             raise GraftError(
                 f"an intervention begun inside record_attention hides {target.path!r} from it: begin the recording "
@@ -257,7 +261,8 @@ def _intervening(target: Target, attention: MapAttention, writer: _Writer) -> It
 
     handles = []
     try:
-        for module in dict.fromkeys((target.root, attention)):  # the inner one fires last, if its forward is called
+        around = [m for m in target.root.modules() if any(part is attention for part in m.modules())]
+        for module in around:  # the innermost whose forward is called fires last
             handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
         attention.intervention = recorder
         yield
@@ -270,7 +275,7 @@ def _intervening(target: Target, attention: MapAttention, writer: _Writer) -> It
 def _foreign_hook(writer: _Writer) -> Any:
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         adapter = adapter_of(module)
-        if adapter is None or torch._C._current_graph_task_id() != -1:
+        if adapter is None or not writer.open or torch._C._current_graph_task_id() != -1:
             return
         call = adapter(module, args, kwargs)
         x = next(part for part in (*args, *kwargs.values()) if isinstance(part, Tensor))

@@ -24,7 +24,7 @@ class Target:
         path: of the attention in the model.
         site: of its graft; the path where it is in none.
         words: what it can be called by beside its path.
-        root: the module whose call comes with the map: the graft's block, or the attention itself.
+        root: the graft's block, or the module that was asked for; it or a module in it gets the map.
         attention: a `MapAttention`, or a module of another library.
     """
 
@@ -44,8 +44,8 @@ def targets_of(model: nn.Module, at: At) -> list[Target]:
     grafts = grafts_of(model)
     if at is None:
         found = [target for graft in grafts for target in _in_graft(graft)]
-        if not found and not grafts:
-            found = [target for name, module in model.named_modules() for target in _in_module(name, module)]
+        if not grafts:
+            found = _in_module("", model)
         if not found:
             kinds = ", ".join(sorted({type(graft.block).__name__ for graft in grafts}))
             what = f"its grafts ({kinds}) have none" if grafts else "it has no grafts, and no attention of its own"
@@ -75,7 +75,7 @@ def _named(model: nn.Module, grafts: Sequence[Graft], one: str | Graft) -> list[
     modules = dict(model.named_modules())
     if not inside and one in modules:
         root = modules[str(one)]
-        inside = [t for name, m in root.named_modules(prefix=str(one)) for t in _in_module(name, m, root)]
+        inside = _in_module(str(one), root)
         if not inside:
             raise GraftError(f"{one!r} is a {type(root).__name__}: no attention weights")
     if not inside:
@@ -92,8 +92,9 @@ def _in_graft(graft: Graft) -> list[Target]:
     return [Target(path, graft.site, words, graft.block, module) for path, module in modules if _readable(module)]
 
 
-def _in_module(name: str, module: nn.Module, root: nn.Module | None = None) -> list[Target]:
-    return [Target(name, name, (name,), module if root is None else root, module)] if _readable(module) else []
+def _in_module(name: str, root: nn.Module) -> list[Target]:
+    modules = root.named_modules(prefix=name)
+    return [Target(path, path, (path,), root, module) for path, module in modules if _readable(module)]
 
 
 def _readable(module: nn.Module) -> bool:
@@ -101,4 +102,7 @@ def _readable(module: nn.Module) -> bool:
 
 
 def _each_once(found: Sequence[Target]) -> list[Target]:
-    return list({id(target.attention): target for target in reversed(found)}.values())[::-1]
+    each: dict[nn.Module, Target] = {}
+    for target in found:
+        each.setdefault(target.attention, target)
+    return list(each.values())

@@ -1,6 +1,7 @@
 """The scripts that measure on a GPU, as far as they go without one."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -94,3 +95,14 @@ def test_what_the_compiler_said_fits():
 
 
 SPILLED = 150  # bytes a thread, as ptxas counts the stores; with dropout 132, without at most 76
+
+
+@pytest.mark.slow
+def test_the_kernels_compile_without_a_gpu(tmp_path: Path):
+    path = tmp_path / "kernel_ptx.json"
+    subprocess.run([sys.executable, BENCHMARKS / "kernel_ptx.py", "--quick", "--json", path], check=True)
+    found = json.loads(path.read_text())
+    assert {row["kernel"] for row in found["kernels"]} >= {"forward", "row_sums"}
+    for row in found["kernels"]:
+        assert row["shared_bytes"] <= found["room"][str(row["capability"])], row
+        assert row["spilled_bytes"] <= SPILLED or row["extra"] == "position", row

@@ -1,0 +1,84 @@
+"""Some images, and all that the attention of a model does on them: what sheets, summaries and pages are made of."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from sagan_attn.errors import GraftError
+from sagan_attn.surgery import head_importance
+from sagan_attn.surgery.probe import quiet
+from sagan_attn.viz.cells import Cells, Places, map_places
+from sagan_attn.viz.head_figures import HeadFigures, head_statistics
+from sagan_attn.viz.record import MAX_BYTES, AttentionRecord, record_attention
+from sagan_attn.viz.targets import At
+
+__all__ = ["Look", "look"]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was seen.
+
+    Args:
+        images: as the model saw them, uint8 [B, 3, H, W].
+        captions: a line for each of them.
+        records: path of each attention -> the weights of all its queries on these images.
+        places: where maps lie in the images.
+        importance: path of an attention -> importance of its heads [h], where it is known.
+    """
+
+    images: Tensor
+    captions: Sequence[str]
+    records: Mapping[str, AttentionRecord]
+    places: Places
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def cells(self, path: str) -> tuple[Cells, Cells]:
+        """The cells of the queries and of the keys of an attention."""
+        return self.places.of(self.records[path])
+
+    def figures(self, path: str) -> list[HeadFigures]:
+        """Of each head of an attention."""
+        return head_statistics(self.records[path], self.places, self.importance.get(path))
+
+
+def look(
+    model: nn.Module,
+    inputs: Tensor,
+    images: Tensor,
+    captions: Sequence[str],
+    *,
+    at: At = None,
+    labels: Tensor | None = None,
+    max_bytes: int = MAX_BYTES,
+) -> Look:
+    """Run the model once on some images, in eval mode and without gradients, and keep the weights of every query.
+
+    Args:
+        inputs: what the model takes, [B, C, H, W].
+        images: the same as pictures, uint8 [B, 3, H, W].
+        captions: a line for each image.
+        at, max_bytes: see `record_attention`.
+        labels: classes [B]; with them, heads of grafts get their importance for the cross-entropy.
+
+    Raises:
+        GraftError: see `record_attention`; an attention that did not run once, or attends to no map.
+    """
+    with record_attention(model, at=at, max_bytes=max_bytes) as recording, map_places(model) as places, quiet(model):
+        model(inputs)
+    records = {path: recording.only(path) for path in recording}
+    for record in records.values():
+        if len(record.weights) != len(inputs):
+            raise GraftError(f"{record.path!r} got {len(record.weights)} maps for {len(inputs)} images")
+        places[0].of(record)
+    importance: Mapping[str, Tensor] = {}
+    if labels is not None and any(".grafts." in f".{path}" for path in records):
+        importance = _importance(model, [(inputs, labels)])
+    return Look(images.cpu(), list(captions), records, places[0], importance)
+
+
+def _importance(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Mapping[str, Tensor]:
+    with torch.inference_mode(False):
+        return head_importance(model, batches)
