@@ -20,7 +20,7 @@ from pathlib import Path
 
 import yaml
 
-from sagan_attn.ablation.store import Store, read_logits, read_results
+from sagan_attn.ablation.store import PLAN_LOCK, Store, read_logits, read_results
 from sagan_attn.bench.machine import save
 
 HERE = Path(__file__).parent
@@ -33,7 +33,7 @@ SPEC = {
         "data.init_args.batch_size": 64,
         "model.host.options": {"width": 32},
     },
-    "axes": {"block": ["sagan", "context-max"]},
+    "axes": {"block": ["sagan", "nonlocal"]},
     "confirm": {"seeds": 12, "epochs": [1, 2]},
 }
 
@@ -41,7 +41,7 @@ SPEC = {
 def start(spec: Path, folder: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "sagan_attn", "ablate", str(spec), "--folder", str(folder), "--workers", "2"]
     with (folder.parent / "runner.log").open("a") as log:
-        return subprocess.Popen([*command, "--threads", "1", "--retry-failed"], stdout=log, stderr=log)
+        return subprocess.Popen([*command, "--threads", "1"], stdout=log, stderr=log)
 
 
 def running_cells(store: Store) -> dict[str, int]:
@@ -95,7 +95,7 @@ def main() -> int:
     cells = json.loads(store.plan.read_text())["cells"]
     computed = {cell["key"]: store.attempts(cell["key"]) for cell in cells}
     problems += [f"{key}: no logits" for key in computed if read_logits(store.folder, key, "test") is None]
-    litter = [str(path) for path in store.folder.rglob("*") if path.name.startswith(".")]
+    litter = [str(path) for path in store.folder.rglob("*") if path.name.startswith(".") and path.name != PLAN_LOCK]
     found = {
         "kills": kills,
         "cells": len(cells),

@@ -1,6 +1,7 @@
 """One cell: train, ask, write the result as a whole. Runs in a process of its own."""
 
 import contextlib
+import errno
 import math
 import os
 import platform
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sagan_attn.ablation.evidence import accuracy, batches_of, knockouts, logits_of, shares
+from sagan_attn.ablation.evidence import Batches, accuracy, knockouts, logits_of, shares
 from sagan_attn.ablation.plan import cell_config
 from sagan_attn.ablation.provenance import code_digest
 from sagan_attn.ablation.store import BUSY, DONE, FAILED, FORMAT, Store, read_plan
@@ -32,6 +33,7 @@ from sagan_attn.training.cli import SaganCLI, quieten
 
 __all__ = ["main", "run_cell"]
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 code_digest()  # now, of the code that is imported: files may change while processes are forked from this one
 
 
@@ -80,13 +82,16 @@ def run_cell(folder: Path, key: str, threads: int | None = None) -> int:
             return BUSY
         if store.has_result(key):
             return DONE
-        plan = read_plan(folder)
-        cell = next(cell for cell in plan["cells"] if cell["key"] == key)
+        store.sweep(key)
         if threads:
             torch.set_num_threads(threads)
         started = datetime.now(UTC).isoformat(timespec="seconds")
         store.count_attempt(key, f"{started} {os.getpid()}")
         try:
+            plan = read_plan(folder)
+            cell = next((cell for cell in plan["cells"] if cell["key"] == key), None)
+            if cell is None:
+                raise ConfigError(f"the plan has no cell {key}: it was changed by another runner")
             with _scratch(store.file(key, "run")) as scratch:
                 result = _compute(store, plan, cell, scratch)
             result["provenance"] |= {
@@ -97,7 +102,8 @@ def run_cell(folder: Path, key: str, threads: int | None = None) -> int:
             store.write(store.file(key, "result.json"), result)
         except Exception as error:  # whatever it is, it belongs to this cell
             traceback.print_exc()
-            store.write_failure(key, _kind(error), f"{type(error).__name__}: {error}")
+            if not (isinstance(error, OSError) and error.errno in NO_ROOM):  # the cell then just stays missing
+                store.write_failure(key, _kind(error), f"{type(error).__name__}: {error}")
             return FAILED
         store.file(key, "failure.json").unlink(missing_ok=True)
         return DONE
@@ -113,14 +119,15 @@ def _compute(store: Store, plan: dict[str, Any], cell: dict[str, Any], scratch: 
     trainer: Any = cli.trainer
     _check_data(data, "fit", variant["data"])
     device = trainer.strategy.root_device
+    peak = _peak_bytes(device)  # of training: what is asked afterwards differs between variants
     module.to(device)
     rows = _rows(trainer)
     write_whole(store.file(key, "metrics.csv"), (scratch / "metrics.csv").read_bytes())
-    validation = batches_of(data, data.val_dataloader(), device)
+    validation = Batches(data, data.val_dataloader(), device)
     parts = {"val": logits_of(module, validation)}
     if cell["stage"] == "confirm":
         _check_data(data, "test", variant["data"])
-        parts["test"] = logits_of(module, batches_of(data, data.test_dataloader(), device))
+        parts["test"] = logits_of(module, Batches(data, data.test_dataloader(), device))
     _write_logits(store.file(key, "logits.safetensors"), parts)
     metrics: dict[str, float | None] = {"train/loss": _finite(rows[-1].get("train/loss"))}
     for split, (logits, labels) in parts.items():
@@ -144,7 +151,7 @@ def _compute(store: Store, plan: dict[str, Any], cell: dict[str, Any], scratch: 
             "flops": variant["flops"],
             "train_seconds": cli.clock.seconds,
             "images_per_second": images / cli.clock.seconds,
-            "peak_bytes": _peak_bytes(device),
+            "peak_bytes": peak,
         },
         "provenance": {
             "code": code_digest(),
@@ -173,7 +180,7 @@ def _rows(trainer: Any) -> list[dict[str, float | None]]:
 
 
 def _diverged(network: torch.nn.Module, rows: list[dict[str, Any]], metrics: dict[str, float | None]) -> bool:
-    losses = [row.get("train/loss") for row in rows] + [metrics["val/loss"]]
+    losses = [row["train/loss"] for row in rows if "train/loss" in row] + [metrics["val/loss"]]
     return any(loss is None for loss in losses) or any(not p.isfinite().all() for p in network.parameters())
 
 

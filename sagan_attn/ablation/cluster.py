@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sagan_attn.ablation.runner import POLL, Cell, Progress, to_compute
-from sagan_attn.ablation.store import Store
+from sagan_attn.ablation.store import Store, valid_results
 from sagan_attn.errors import ConfigError
 
 __all__ = ["run_on_ray"]
@@ -38,7 +38,7 @@ def run_on_ray(
         raise ConfigError("--ray needs Ray: pip install 'sagan_attn[ray]'") from error
     missing = to_compute(store, cells, say, retry_failed=retry_failed, same_code=same_code)
     if not missing:
-        return all(store.has_result(cell["key"]) for cell in cells)
+        return {cell["key"] for cell in cells} <= valid_results(store)
     try:
         ray.init(address=address, log_to_driver=False, logging_level="warning", include_dashboard=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -53,7 +53,7 @@ def run_on_ray(
         _drain(ray, compute, store, progress, missing)
     finally:
         ray.shutdown()  # which ends the tasks, but not the cluster
-    return all(store.has_result(cell["key"]) for cell in cells)
+    return {cell["key"] for cell in cells} <= valid_results(store)
 
 
 def _drain(ray: Any, compute: Any, store: Store, progress: Progress, missing: Sequence[Cell]) -> None:

@@ -1,52 +1,38 @@
 """Before anything is computed: how long it will take, and the smallest effect that could be seen."""
 
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from sagan_attn.ablation.models import Models
 from sagan_attn.ablation.plan import cell_config
 from sagan_attn.ablation.spec import Stage
 from sagan_attn.ablation.statistics import detectable_effect
-from sagan_attn.ablation.variants import network_of
-from sagan_attn.training.resolve import resolve_config
+from sagan_attn.ablation.timing import step_seconds
 
 __all__ = ["DEFAULT_SD", "Outlook", "detectable", "outlook", "seconds_an_image"]
 
 DEFAULT_SD = 0.002  # of CIFAR-10 ResNet-18 runs that differ in the seed alone
-STEPS = 3
+STEPS = 2
 START_UP = 8.0  # seconds a cell takes beside its training; measured on two cores
 
 
-def seconds_an_image(variant: Mapping[str, Any], threads: int) -> float:
-    """Of training, the fastest of a few steps on random images, on the GPU where there is one."""
-    config = cell_config(variant, {}, variant["config"]["trainer"]["max_epochs"], 0)
-    resolved = resolve_config(config, variant["label"])
-    data = resolved.data
-    data.setup("fit")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = network_of(resolved).to(device).train()
-    optimizer = torch.optim.SGD(network.parameters(), lr=1e-6)
-    side, best, before = data.preprocess.image_size, math.inf, torch.get_num_threads()
+def seconds_an_image(variants: Mapping[str, Mapping[str, Any]], threads: int) -> dict[str, float]:
+    """Of training each variant, the fastest of a few steps on random images."""
+    models, before, found = Models(), torch.get_num_threads(), {}
     torch.set_num_threads(threads)
     try:
-        for _ in range(STEPS):
-            images = torch.randn(data.batch_size, data.in_channels, side, side, device=device)
-            labels = torch.randint(0, data.num_classes, (len(images),), device=device)
-            started = time.perf_counter()
-            optimizer.zero_grad()
-            F.cross_entropy(network(images), labels).backward()
-            optimizer.step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            best = min(best, time.perf_counter() - started)
+        for name, variant in variants.items():
+            config = cell_config(variant, {}, variant["config"]["trainer"]["max_epochs"], 0)
+            resolved = models.resolve(config, name)
+            (seconds,) = step_seconds([resolved], STEPS)
+            found[name] = min(seconds) / resolved.data.batch_size
     finally:
         torch.set_num_threads(before)
-    return best / data.batch_size
+    return found
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What a trained cell is asked: its logits, how large the branches are, and what it loses without its attention."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,29 +10,39 @@ from torch import Tensor
 from sagan_attn.surgery import branch_share, foreign_keys, grafts_of, uniform_attention
 from sagan_attn.surgery.heads import attentions
 
-__all__ = ["Batches", "batches_of", "knockouts", "logits_of", "shares"]
-
-Batches = Sequence[tuple[Tensor, Tensor]]
+__all__ = ["Batches", "accuracy", "knockouts", "logits_of", "shares"]
 
 
-def batches_of(data: Any, loader: Any, device: torch.device) -> Batches:
-    """All batches of a loader as the model takes them; a last one of a single image joins the one before it.
+class Batches:
+    """All batches of a loader as the model takes them, again and again; a last one of a single image joins the one
+    before it, because it has no other image to take keys from.
 
     data: the data module, after a fit and out of training, so that nothing is augmented.
     """
-    batches = [data.on_after_batch_transfer((images.to(device), labels.to(device)), 0) for images, labels in loader]
-    if len(batches) > 1 and len(batches[-1][1]) == 1:  # which has no other image to take keys from
-        *batches, before, last = batches
-        batches.append((torch.cat([before[0], last[0]]), torch.cat([before[1], last[1]])))
-    return batches
+
+    def __init__(self, data: Any, loader: Any, device: torch.device) -> None:
+        self.data, self.loader, self.device = data, loader, device
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        held = None
+        for images, labels in self.loader:
+            batch = self.data.on_after_batch_transfer((images.to(self.device), labels.to(self.device)), 0)
+            if held is not None and len(batch[1]) == 1:
+                held = torch.cat([held[0], batch[0]]), torch.cat([held[1], batch[1]])
+                continue
+            if held is not None:
+                yield held
+            held = batch
+        if held is not None:
+            yield held
 
 
 def logits_of(module: Any, batches: Batches) -> tuple[Tensor, Tensor]:
     """Logits [N, classes] float32 and labels [N] on the CPU, in eval mode and the trainer's precision."""
     module.eval()
     with torch.no_grad(), module.trainer.precision_plugin.forward_context():
-        logits = [module(images).float().cpu() for images, _ in batches]
-    return torch.cat(logits), torch.cat([labels.cpu() for _, labels in batches])
+        found = [(module(images).float().cpu(), labels.cpu()) for images, labels in batches]
+    return torch.cat([logits for logits, _ in found]), torch.cat([labels for _, labels in found])
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

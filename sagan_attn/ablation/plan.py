@@ -7,28 +7,20 @@ and the data, not the order of keys in a file, nor 1 for 1.0, nor the versions o
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
-import torch
-
+from sagan_attn.ablation.models import Models, canonical
 from sagan_attn.ablation.settings import Settings, apply_settings
 from sagan_attn.ablation.spec import Spec, Stage
 from sagan_attn.ablation.store import FORMAT, Store, read_plan
-from sagan_attn.ablation.variants import Variant, make_variants, network_of
+from sagan_attn.ablation.variants import Variant, make_variants
 from sagan_attn.errors import ConfigError, SaganAttnError
-from sagan_attn.surgery import grafts_of
-from sagan_attn.surgery.cost import probe_flops
-from sagan_attn.training.data import ImageData
-from sagan_attn.training.hosts import host_preprocess
-from sagan_attn.training.resolve import Resolved, resolve_config
+from sagan_attn.training.resolve import resolve_config
 
 __all__ = ["add_seeds", "add_stage", "cell_config", "chosen_by_name", "freeze", "frozen", "new_plan"]
 
-# What decides nothing about a result.
-FREE_DATA = ("num_workers", "cache_bytes")
-FREE_MODEL = ("compile", "compile_mode")
 OF_THE_CELL = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
@@ -42,7 +34,8 @@ def new_plan(spec: Spec, extra: Settings) -> dict[str, Any]:
 
     Raises `ConfigError`, `GraftError`, `BlockError` or `DataError` for whatever could not be run.
     """
-    variants = make_variants(spec, extra)
+    models = Models()
+    variants = make_variants(spec, extra, models)
     plan: dict[str, Any] = {
         "format": FORMAT,
         "name": spec.name,
@@ -55,7 +48,7 @@ def new_plan(spec: Spec, extra: Settings) -> dict[str, Any]:
         "variants": {},
         "cells": [],
     }
-    described = _describe(variants)
+    described = _describe(variants, models)
     for variant in variants:
         plan["variants"][variant.name] = {
             "label": variant.name,
@@ -64,6 +57,7 @@ def new_plan(spec: Spec, extra: Settings) -> dict[str, Any]:
             "settings": dict(variant.settings),
             "config": variant.config,
             "epochs_factor": variant.epochs_factor,
+            "note": variant.note,
             **described[variant.name],
         }
     first = spec.stages[0]
@@ -104,18 +98,25 @@ def add_stage(plan: dict[str, Any], spec: Spec, stage: Stage, names: Sequence[st
                 plan["cells"].append(cell)
 
 
-def add_seeds(plan: dict[str, Any], spec: Spec, count: int) -> None:
-    """Add so many fresh seeds to `confirm`, marked as added after looking."""
+def add_seeds(plan: dict[str, Any], spec: Spec, count: int, done: Collection[str] = ()) -> bool:
+    """Add so many fresh seeds to `confirm`, marked as added after looking; returns whether any were.
+
+    done: keys of cells with a result. While any that were added before are not among them, these are first.
+    """
+    if any(cell["added"] and cell["key"] not in done for cell in plan["cells"]):
+        return False
     stage = plan["stages"].get("confirm")
     if stage is None:
         raise ConfigError(f"{spec.path}: confirm has not begun: give it more seeds in the spec")
-    fresh = range(max(stage["seeds"]) + 1, max(stage["seeds"]) + 1 + count)
+    first = max(cell["seed"] for cell in plan["cells"]) + 1
+    fresh = range(first, first + count)
     more = Stage("confirm", tuple(fresh), tuple(stage["budgets"]), stage["set"])
     for name in stage["variants"]:
         for budget in more.epochs:
             plan["cells"] += [{**cell, "added": True} for cell in _cells(plan, spec, more, name, budget)]
     stage["seeds"] += list(fresh)
     stage["added_seeds"] = [*stage.get("added_seeds", []), *fresh]
+    return True
 
 
 def _cells(plan: Mapping[str, Any], spec: Spec, stage: Stage, name: str, budget: int) -> list[dict[str, Any]]:
@@ -146,59 +147,26 @@ def cell_config(variant: Mapping[str, Any], settings: Settings, budget: int, see
     return config
 
 
-def canonical(resolved: Resolved, seed: int) -> dict[str, Any]:
-    """What of a resolved config decides the result, in one spelling."""
-    config = resolved.config
-    trainer = {key: value for key, value in config["trainer"].items() if value != resolved.trainer_defaults.get(key)}
-    model = {key: value for key, value in config["model"].items() if key not in FREE_MODEL}
-    arguments = {key: value for key, value in config["data"]["init_args"].items() if key not in FREE_DATA}
-    data = {"class_path": config["data"]["class_path"], "init_args": {**arguments, "order_seed": seed}}
-    return _plain({"seed": seed, "trainer": trainer, "model": model, "data": data})
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items() if each is not None}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    if isinstance(value, float) and math.isfinite(value) and value == int(value):
-        return int(value)
-    return value if isinstance(value, (str, int, float, bool)) else str(value)
-
-
-def _describe(variants: Sequence[Variant]) -> dict[str, dict[str, Any]]:
-    """Parameters, FLOPs of an image, grafts and the data's fingerprint of each variant; each data set is read once."""
+def _describe(variants: Sequence[Variant], models: Models) -> dict[str, dict[str, Any]]:
+    """Parameters, FLOPs of an image, grafts and the data's fingerprints of each variant."""
     described: dict[str, dict[str, Any]] = {}
-    read: dict[str, tuple[ImageData, dict[str, str]]] = {}
     for variant in sorted(variants, key=lambda variant: variant.kind != "variant"):  # whose faults its baseline has too
         try:
-            described[variant.name] = _described(variant, read)
+            epochs = variant.config["trainer"]["max_epochs"]
+            config = cell_config(asdict(variant) | {"label": variant.name}, {}, epochs, 0)
+            resolved = models.resolve(config, variant.name)
+            size = models.size(resolved)
         except SaganAttnError as error:
             named = str(error).startswith(f"{variant.name}: ")
             raise error if named else type(error)(f"{variant.name}: {error}") from error
+        described[variant.name] = {
+            "parameters": size.parameters,
+            "flops": size.flops,
+            "grafts": list(size.grafts),
+            "images": resolved.data.describe()["sizes"]["train"],
+            "data": models.fingerprints(resolved),
+        }
     return described
-
-
-def _described(variant: Variant, read: dict[str, tuple[ImageData, dict[str, str]]]) -> dict[str, Any]:
-    config = cell_config(asdict(variant) | {"label": variant.name}, {}, variant.config["trainer"]["max_epochs"], 0)
-    resolved = resolve_config(config, variant.name)
-    text = json.dumps(canonical(resolved, 0)["data"], sort_keys=True) + str(host_preprocess(resolved.model.host))
-    if text not in read:
-        resolved.data.setup()
-        if not resolved.data.val_dataloader():
-            raise ConfigError("an ablation needs validation images: the data module keeps none")
-        read[text] = resolved.data, {stage: resolved.data.fingerprint(stage) for stage in ("fit", "test")}
-    data, fingerprints = read[text]
-    network = network_of(replace(resolved, data=data)).to("meta")
-    side = data.preprocess.image_size
-    image = torch.empty(1, data.in_channels, side, side, device="meta")
-    return {
-        "parameters": sum(p.numel() for p in network.parameters()),
-        "flops": probe_flops(network, image, {})[1],
-        "grafts": [graft.path for graft in grafts_of(network)],
-        "images": data.describe()["sizes"]["train"],
-        "data": fingerprints,
-    }
 
 
 def _nothing_changed(plan: Mapping[str, Any], one: str, other: str) -> str:
@@ -218,7 +186,8 @@ def frozen(store: Store, spec: Spec, extra: Settings) -> dict[str, Any] | None:
     Raises `ConfigError`, naming what differs: a spec that changed after cells were computed would mix two questions.
     """
     if not store.plan.is_file():
-        if store.folder.is_dir() and any(store.folder.iterdir()):
+        others = [path for path in store.folder.glob("*") if not path.name.startswith(".")]  # of a killed runner
+        if others:
             raise ConfigError(f"{store.folder} holds other files and no ablation: choose another folder")
         return None
     plan = read_plan(store.folder)

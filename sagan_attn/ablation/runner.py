@@ -18,11 +18,12 @@ from multiprocessing.connection import wait
 from typing import Any, Literal
 
 from sagan_attn.ablation.provenance import code_digest
-from sagan_attn.ablation.store import BUSY, DONE, FAILED, Store, read_results
+from sagan_attn.ablation.store import BUSY, DONE, FAILED, Store, read_results, valid_results
 from sagan_attn.errors import ConfigError
 
 __all__ = ["Progress", "Workers", "run_cells", "to_compute"]
 
+STAYS = ("crash", "refused")  # failures that would come again; what was killed or out of memory may not
 ATTEMPTS = 3  # in one call, of a cell whose process dies or runs out of memory
 POLL = 2.0  # seconds between looks at cells that another runner computes
 GRACE = 20.0  # seconds a cell gets to end when the runner is interrupted
@@ -45,7 +46,11 @@ class Workers:
     threads: int | None = None
 
     def environment(self, slot: int) -> dict[str, str]:
-        return {"CUDA_VISIBLE_DEVICES": self.devices[slot % len(self.devices)]} if self.devices else {}
+        if not self.devices:
+            return {}
+        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        device = self.devices[slot % len(self.devices)]
+        return {"CUDA_VISIBLE_DEVICES": visible[int(device)] if visible else device}
 
     def threads_of_one(self) -> int:
         return self.threads or max(1, len(os.sched_getaffinity(0)) // self.count)
@@ -71,6 +76,9 @@ class Progress:
         if code == DONE and self.store.has_result(key):
             self.finished(cell, "done", seconds)
             return "done"
+        if code == FAILED and not self.store.has_failed(key):
+            self.finished(cell, f"no room to write; see {self.store.file(key, 'log.txt')}", seconds)
+            return "done"
         self.deaths[key] = self.deaths.get(key, 0) + 1
         failure = next((one for one in read_results(self.store.folder)[1] if one["key"] == key), None)
         kind = failure["kind"] if failure else "killed"
@@ -86,18 +94,22 @@ class Progress:
         return "done"
 
     def taken_over(self, cell: Cell) -> bool:
-        """Whether a cell that another runner had is done, one way or the other."""
-        done = self.store.has_result(cell["key"]) or self.store.has_failed(cell["key"])
+        """Whether another runner has done the cell."""
+        done = self.store.has_result(cell["key"])
         if done:
-            self.finished(cell, "computed by another runner", 0.0)
+            self.finished(cell, "computed by another runner")
         return done
 
-    def finished(self, cell: Cell, how: str, seconds: float) -> None:
+    def finished(self, cell: Cell, how: str, seconds: float | None = None) -> None:
         self.done += 1
-        self.seconds.append(seconds)
-        left = statistics.median(self.seconds) * (self.total - self.done) / self.workers
-        rest = f"; about {_duration(left)} left" if self.done < self.total else ""
-        self.say(f"[{self.done}/{self.total}] {name_of(cell)}: {how} ({_duration(seconds)}){rest}")
+        took = rest = ""
+        if seconds is not None:
+            self.seconds.append(seconds)
+            took = f" ({_duration(seconds)})"
+        if self.seconds and self.done < self.total:
+            left = statistics.median(self.seconds) * (self.total - self.done) / self.workers
+            rest = f"; about {_duration(left)} left"
+        self.say(f"[{self.done}/{self.total}] {name_of(cell)}: {how}{took}{rest}")
 
 
 def run_cells(
@@ -112,7 +124,8 @@ def run_cells(
 ) -> bool:
     """Compute the cells without a result. Returns whether all of them have one now.
 
-    say: takes a line for the terminal. A failed cell stays failed unless `retry_failed`. target: runs in the process
+    say: takes a line for the terminal. A cell that crashed or was refused stays so unless
+    `retry_failed`. target: runs in the process
     of a cell; None for `cell.main`.
 
     Raises:
@@ -122,26 +135,31 @@ def run_cells(
     missing = to_compute(store, cells, say, retry_failed=retry_failed, same_code=same_code)
     if missing:
         _Pool(store, workers, Progress(store, len(missing), workers.count, say), target).run(missing)
-    return all(store.has_result(cell["key"]) for cell in cells)
+    return {cell["key"] for cell in cells} <= valid_results(store)
 
 
 def to_compute(
     store: Store, cells: Sequence[Cell], say: Callable[[str], None], *, retry_failed: bool, same_code: bool
 ) -> list[Cell]:
-    """The cells without a result, and without a failure unless these are to be tried again. See `run_cells`."""
+    """The cells without a whole result, but for those that failed by their own fault unless these are to be tried
+    again. See `run_cells`."""
     if same_code:
         _check_code(store)
-    missing = [cell for cell in cells if not store.has_result(cell["key"])]
-    failed = [cell for cell in missing if store.has_failed(cell["key"])]
-    if retry_failed:
-        for cell in failed:
+    have = valid_results(store)
+    missing = [cell for cell in cells if cell["key"] not in have]
+    for cell in missing:
+        if store.has_result(cell["key"]):
+            say(f"{name_of(cell)}: its result cannot be used, and is now {store.set_aside(cell['key'])}")
+    kinds = {failure["key"]: failure["kind"] for failure in read_results(store.folder)[1]}
+    failed = [cell for cell in missing if kinds.get(cell["key"]) in STAYS]
+    for cell in missing:
+        if retry_failed or cell not in failed:
             store.file(cell["key"], "failure.json").unlink(missing_ok=True)
-    elif failed:
+    if failed and not retry_failed:
         say(f"{len(failed)} failed before: --retry-failed runs them again")
         missing = [cell for cell in missing if cell not in failed]
     if missing:
-        have = sum(store.has_result(cell["key"]) for cell in cells)
-        say(f"{have} of {len(cells)} cells are there already")
+        say(f"{sum(cell['key'] in have for cell in cells)} of {len(cells)} cells are there already")
     return missing
 
 
@@ -166,7 +184,9 @@ class _Pool:
             try:
                 while queue or self.running or elsewhere:
                     while queue and len(self.running) < self.workers.count:
-                        self._start(queue.popleft())
+                        cell = queue.popleft()
+                        if not self.progress.taken_over(cell):
+                            self._start(cell)
                     wait([process.sentinel for process in self.running], timeout=POLL)
                     for process in [process for process in self.running if not process.is_alive()]:
                         self._reap(process, queue, elsewhere)

@@ -33,16 +33,26 @@ RESERVED = {  # decided by the seed and the budget of a cell
     "trainer.max_epochs": "epochs of a stage decide it",
     "data.init_args.order_seed": "seeds of a stage decide it",
     "run_dir": "each cell has its own",
+    **dict.fromkeys(
+        ("trainer.max_steps", "trainer.max_time", "trainer.fast_dev_run", "trainer.overfit_batches"),
+        "a run goes on to its last epoch, over all of its images",
+    ),
+    **dict.fromkeys(("trainer.devices", "trainer.num_nodes"), "a cell has one device"),
 }
+# What a stage may set for itself: how long and how is trained, not what.
+OF_A_STAGE = ("trainer.", "model.optimizer.", "model.schedule.", "model.label_smoothing")
 
 
-def check_settings(where: str, settings: Any) -> None:
-    """Raise `ConfigError` unless all keys are short words or dotted paths into a training config."""
+def check_settings(where: str, settings: Any, *, stage: bool = False) -> None:
+    """Raise `ConfigError` unless all keys are short words or dotted paths into a training config; for a `stage`, of
+    what it may set."""
     if not isinstance(settings, Mapping):
         raise ConfigError(f"{where}: {settings!r} must be a mapping of keys to values")
     for key in settings:
         if key in RESERVED:
             raise ConfigError(f"{where}: {key} cannot be set: {RESERVED[key]}")
+        if stage and key not in RATES and not str(key).startswith(OF_A_STAGE):
+            raise ConfigError(f"{where}: {key} cannot be set for a stage, which would be about other models: use `set`")
         root, dot, _ = str(key).partition(".")
         if key not in SHORT_WORDS and not (dot and root in (*ROOTS, "options")):
             near = difflib.get_close_matches(str(key), SHORT_WORDS, 1)
@@ -68,6 +78,8 @@ def apply_settings(where: str, config: Mapping[str, Any], settings: Settings) ->
             options[OPTIONS.get(key, key.removeprefix("options."))] = value
         elif key == "host" and isinstance(value, str):
             _set(where, config, PARTS[key], {"name": value})
+        elif key == "data" and isinstance(value, str):
+            _set(where, config, PARTS[key], {"class_path": value, "init_args": {}})
         else:
             _set(where, config, RATES.get(key) or PARTS.get(key) or key, value)
     return config
@@ -90,16 +102,24 @@ def label(settings: Settings) -> str:
         site = settings["site"]
         words.append(f"at {'+'.join(site) if isinstance(site, list) else site}")
     first = " ".join(words)
-    rest = [
-        f"{key.rpartition('.')[2]} {_short(value)}" for key, value in settings.items() if key not in ("block", "site")
-    ]
+    others = [key for key in settings if key not in ("block", "site")]
+    lasts = [key.rpartition(".")[2] for key in others]
+    shown = [key if lasts.count(last) > 1 else last for key, last in zip(others, lasts, strict=True)]
+    rest = [f"{short} {_short(settings[key])}" for short, key in zip(shown, others, strict=True)]
     return ", ".join([*([first] if first else []), *rest])
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return str(value.get("name") or value.get("class_path") or dict(value))
-    return str(value)
+    """In words: a host by its name and options, data by their class and arguments."""
+    if not isinstance(value, Mapping):
+        return str(value)
+    words = [str(each) for key, each in value.items() if key in ("name", "class_path")]
+    for key, each in value.items():
+        if isinstance(each, Mapping):
+            words += [f"{name}={_short(one)}" for name, one in each.items()]
+        elif key not in ("name", "class_path"):
+            words.append(f"{key}={each}")
+    return " ".join(words)
 
 
 def _set(where: str, config: dict[str, Any], path: str, value: Any) -> None:

@@ -26,7 +26,7 @@ from typing import Any, Literal
 import yaml
 
 from sagan_attn.ablation.controls import CONTROLS
-from sagan_attn.ablation.settings import Settings, check_settings
+from sagan_attn.ablation.settings import RESERVED, Settings, check_settings
 from sagan_attn.ablation.statistics import smallest_p
 from sagan_attn.errors import ConfigError
 
@@ -93,9 +93,7 @@ def read_spec(path: Path) -> Spec:
         raise ConfigError(f"{path}: base is missing: the training config to be changed")
     base_path = path.parent / str(content["base"])
     base = _yaml(base_path)[1]
-    epochs = base.get("trainer", {}).get("max_epochs")
-    if not isinstance(epochs, int):
-        raise ConfigError(f"{base_path}: trainer.max_epochs ({epochs!r}) must be a whole number of at least 1")
+    epochs = _check_base(base_path, base)
     controls = _list(path, "controls", content.get("controls", []))
     for control in controls:
         if control not in CONTROLS:
@@ -110,8 +108,9 @@ def read_spec(path: Path) -> Spec:
     excluded = _list(path, "exclude", content.get("exclude", []))
     settings = _dict(path, content, "set")
     screen, confirm = (_stage(path, content, name, epochs) for name in ("screen", "confirm"))
-    stage_settings = [stage.settings for stage in (screen, confirm) if stage]
-    for one in [dict.fromkeys(axes), settings, *variants.values(), *excluded, *stage_settings]:
+    for stage in (screen, confirm):
+        check_settings(f"{path}: {stage.name if stage else ''}", stage.settings if stage else {}, stage=True)
+    for one in [dict.fromkeys(axes), settings, *variants.values(), *excluded]:
         check_settings(str(path), one)
     for one in excluded:
         if foreign := one.keys() - axes.keys():
@@ -139,6 +138,29 @@ def read_spec(path: Path) -> Spec:
     )
 
 
+def _check_base(path: Path, base: Mapping[str, Any]) -> int:
+    """The epochs of a training config that has the parts an ablation changes. Raises `ConfigError`."""
+    for part in ("trainer", "model", "data"):
+        if not isinstance(base.get(part), dict):
+            raise ConfigError(f"{path}: {part} ({base.get(part)!r}) must be a mapping: it is no training config")
+    epochs, model = base["trainer"].get("max_epochs"), base["model"]
+    if type(epochs) is not int or epochs < 1:
+        raise ConfigError(f"{path}: trainer.max_epochs ({epochs!r}) must be a whole number of at least 1")
+    grafts = model.get("grafts") or []
+    if not isinstance(grafts, list) or not all(isinstance(graft, dict) for graft in grafts):
+        raise ConfigError(f"{path}: model.grafts ({grafts!r}) must be a list of mappings")
+    if not isinstance(model.get("schedule", {}), dict):
+        raise ConfigError(f"{path}: model.schedule ({model['schedule']!r}) must be a mapping")
+    for key in ("max_time", "fast_dev_run", "max_steps", "overfit_batches", "devices", "num_nodes"):
+        value = base["trainer"].get(key)
+        if (value is True or value not in (None, -1, 0, 1, "auto")) and f"trainer.{key}" in RESERVED:
+            raise ConfigError(f"{path}: trainer.{key} cannot be set: {RESERVED[f'trainer.{key}']}")
+    for callback in base["trainer"].get("callbacks") or []:
+        if str(callback.get("class_path", "")).rpartition(".")[2] in ("EarlyStopping", "ModelCheckpoint"):
+            raise ConfigError(f"{path}: callback {callback['class_path']} chooses an epoch, and the last one counts")
+    return epochs
+
+
 def _stage(path: Path, content: Mapping[str, Any], name: StageName, epochs: int) -> Stage | None:
     if name == "screen" and content.get("screen") is None:
         return None
@@ -148,7 +170,7 @@ def _stage(path: Path, content: Mapping[str, Any], name: StageName, epochs: int)
     seeds = given.get("seeds", SEEDS[name])
     if type(seeds) is int:
         seeds = list(range(first, first + seeds))
-    budgets = given.get("epochs", [epochs] if name == "screen" else [-(-epochs // 2), epochs])
+    budgets = given.get("epochs", [epochs] if name == "screen" else sorted({-(-epochs // 2), epochs}))
     budgets = budgets if isinstance(budgets, list) else [budgets]
     numbers = _whole(path, f"{name}.seeds", seeds, 0), _whole(path, f"{name}.epochs", budgets, 1)
     choose = given.get("choose")

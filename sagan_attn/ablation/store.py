@@ -1,5 +1,6 @@
 """The folder of an ablation: what is in it, read with suspicion and written whole.
 
+    .plan.lock                 held by the process that makes or changes the plan
     plan.json                  variants, cells and configs, frozen; see `plan.py`
     cells/<key>/config.yaml    the training config of the cell
     cells/<key>/attempts       a line each time the cell was started
@@ -15,6 +16,7 @@ Nothing read from it is run: JSON, YAML (safe), safetensors.
 """
 
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -29,10 +31,11 @@ import yaml
 from sagan_attn.errors import ConfigError
 from sagan_attn.surgery.graft_file import write_whole
 
-__all__ = ["BUSY", "DONE", "FAILED", "FORMAT", "Store", "read_logits", "read_plan", "read_results"]
+__all__ = ["BUSY", "DONE", "FAILED", "FORMAT", "Store", "read_logits", "read_plan", "read_results", "valid_results"]
 
 FORMAT = 1
 DONE, FAILED, BUSY = 0, 3, 75  # exit codes of a cell's process; 75: another process computes it
+PLAN_LOCK = ".plan.lock"
 OUTCOMES = ("finished", "diverged")
 
 
@@ -81,6 +84,35 @@ class Store:
         content = {"format": FORMAT, "key": key, "kind": kind, "message": message, "attempts": self.attempts(key)}
         with suppress(OSError):
             self.write(self.file(key, "failure.json"), content)
+
+    def sweep(self, key: str) -> None:
+        """Remove what a killed attempt was writing. Only for who has the lock of the cell."""
+        for path in self.cell(key).glob(".*"):
+            path.unlink(missing_ok=True)
+
+    def set_aside(self, key: str) -> Path:
+        """Rename a damaged or foreign result, so that the cell is missing; where it is now."""
+        path = self.file(key, "result.json")
+        number = next(n for n in itertools.count(1) if not path.with_name(f"result.json.bad-{n}").exists())
+        return path.rename(path.with_name(f"result.json.bad-{number}"))
+
+    @contextmanager
+    def planning(self) -> Iterator[None]:
+        """Only one process reads, changes and writes the plan at a time; the others wait. A new folder for which no
+        plan comes out is removed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = self.folder / PLAN_LOCK
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        except BaseException:
+            if [path.name for path in self.folder.iterdir()] == [PLAN_LOCK]:
+                lock.unlink()
+                self.folder.rmdir()
+            raise
+        finally:
+            os.close(handle)
 
     @contextmanager
     def lock(self, key: str) -> Iterator[bool]:
@@ -190,11 +222,19 @@ def _unfit(content: Mapping[str, Any], cell: Mapping[str, Any], name: str) -> st
     if content.get("outcome") not in OUTCOMES:
         return f"has outcome {content.get('outcome')!r:.40}, which is none of {', '.join(OUTCOMES)}"
     metrics = content.get("metrics")
+    provenance = content.get("provenance")
     if not isinstance(metrics, dict) or not isinstance(content.get("cost"), dict):
         return "has no metrics or no cost"
+    if not isinstance(provenance, dict) or not isinstance(provenance.get("code"), str):
+        return "does not say which code computed it"
     accuracy = metrics.get("val/accuracy")
     number = isinstance(accuracy, (int, float)) and math.isfinite(accuracy)
     return "" if number or content["outcome"] == "diverged" else f"has the validation accuracy {accuracy!r:.40}"
+
+
+def valid_results(store: Store) -> set[str]:
+    """Keys of the cells that have a whole result of their own."""
+    return {result["key"] for result in read_results(store.folder)[0]}
 
 
 def _is_key(key: Any) -> bool:

@@ -75,7 +75,8 @@ def _effect(best: Row, baseline: Row, budget: int, split: str) -> str:
     assert found is not None  # for the type checker: best_of chose it
     figures = (
         f"{interval_words(found)} points of {split} accuracy "
-        f"(95 % t interval over {found.n} seeds, adjusted p {_equals(best.p)})"
+        f"(95 % t interval over {found.n} seeds, adjusted p {_equals(best.p)}; the interval does not allow for having "
+        "picked the best)"
     )
     if best.outcome == "gain":
         return f"{label} gains over {base} at {epochs(budget)}: {figures}."
@@ -104,7 +105,9 @@ def _over(best: Row, strongest: Row | None) -> str:
     figures = f"{interval_words(best.against)} points (adjusted p {_equals(best.against_p)})"
     if best.against.covers_zero or (best.against_p or 0) >= 0.05:
         return f"It is not distinguishable from {name}: {figures}."
-    return f"It {'gains' if best.against.mean > 0 else 'loses'} against {name}: {figures}."
+    if best.against.mean > 0:
+        return f"It gains against {name}: {figures}."
+    return f"It is below {name}, which these very results picked as the best of its kind: {figures}."
 
 
 def _evidence(best: Row) -> str:

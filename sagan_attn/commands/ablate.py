@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("spec", type=Path, help="configs/ablation/<name>.yaml")
     parser.add_argument("--folder", type=Path, help="of the results (default: runs/ablation/<name>)")
     parser.add_argument("--dry-run", action="store_true", help="print what would be run, and compute nothing")
-    parser.add_argument("--stage", choices=("screen", "confirm"), help="stop after the screen, or go on from there")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every cell: data.root=/x")
+    parser.add_argument("--stage", choices=("screen", "confirm"), help="that stage alone")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every cell: lr=0.1")
     parser.add_argument("--workers", type=count, metavar="N", help="cells at a time (default: 1, or 1 a device)")
     parser.add_argument("--devices", metavar="0,1", help="CUDA devices, by number; by default all, or the CPU")
     parser.add_argument("--cells-per-device", type=count, default=1, metavar="N")
@@ -44,48 +44,70 @@ def run(arguments: argparse.Namespace) -> int:
     from sagan_attn.ablation.runner import run_cells
     from sagan_attn.ablation.spec import read_spec
     from sagan_attn.ablation.stages import add_confirm, cells_of
-    from sagan_attn.ablation.store import Store, read_results
+    from sagan_attn.ablation.store import Store, read_plan, read_results, valid_results
     from sagan_attn.training.cli import quieten
 
     quieten()
     spec, extra = read_spec(arguments.spec), _settings(arguments.set)
+    if arguments.stage == "screen" and spec.screen is None:
+        raise ConfigError(f"{spec.path} has no stage `screen`")
+    workers = _workers(arguments)
     store = Store(arguments.folder or Path("runs") / "ablation" / spec.name)
-    if arguments.screen_sites:
-        spec, extra = _with_all_sites(spec, extra), {**extra, "screen_sites": True}
-    plan = plans.frozen(store, spec, extra)
-    new = plan is None
-    if plan is None:
-        plan = plans.new_plan(spec, {key: value for key, value in extra.items() if key != "screen_sites"})
-        plan["set"] = extra
-    if arguments.add_seeds:
-        plans.add_seeds(plan, spec, arguments.add_seeds)
-    if arguments.dry_run:
-        _print_plan(spec, plan, _workers(arguments))
-        return 0
-    if new or arguments.add_seeds:
-        plans.freeze(store, plan)
     try:
+        if arguments.screen_sites:
+            spec, extra = _with_all_sites(spec, extra), {**extra, "screen_sites": True}
+        if arguments.dry_run:
+            _print_plan(spec, plans.frozen(store, spec, extra) or _new_plan(spec, extra), workers)
+            return 0
+        with store.planning():
+            plan = plans.frozen(store, spec, extra)
+            changed = plan is None
+            plan = plan or _new_plan(spec, extra)
+            if arguments.add_seeds:
+                changed |= plans.add_seeds(plan, spec, arguments.add_seeds, valid_results(store) if not changed else ())
+            if changed:
+                plans.freeze(store, plan)
         for stage in [stage.name for stage in spec.stages]:
             if arguments.stage == "screen" and stage == "confirm":
                 break
             if stage not in plan["stages"]:
-                chosen = add_confirm(plan, spec, read_results(store.folder)[0])
-                print(f"chosen by the screen: {', '.join(chosen)}")
-                plans.freeze(store, plan)
-            done = _compute(arguments, store, cells_of(plan, stage), run_cells)
-            if not done:
+                with store.planning():
+                    plan = plans.frozen(store, spec, extra) or plan  # another runner may have been here
+                    if stage not in plan["stages"]:
+                        chosen = add_confirm(plan, spec, read_results(store.folder)[0])
+                        print(f"chosen by the screen: {', '.join(chosen)}")
+                        plans.freeze(store, plan)
+            cells = cells_of(plan, stage)
+            if arguments.stage == "confirm" and stage == "screen":
+                if len({cell["key"] for cell in cells} - valid_results(store)):
+                    raise ConfigError("--stage confirm: the screen is not complete; leave the option out to finish it")
+                continue
+            if not _compute(arguments, store, cells, workers, run_cells):
                 _report(store)
                 print(f"{stage}: not every cell has a result; the same command computes what is missing")
                 return 1
+        return _report(store)
     except KeyboardInterrupt:
-        have = sum(store.has_result(cell["key"]) for cell in plan["cells"])
-        print(f"\nstopped: {have} of {len(plan['cells'])} cells have a result; the same command goes on from there")
+        if not store.plan.is_file():
+            print("\nstopped while planning: nothing was computed yet")
+            return 130
+        have, cells = valid_results(store), read_plan(store.folder)["cells"]
+        print(f"\nstopped: {len(have)} of {len(cells)} cells have a result; the same command goes on from there")
         return 130
-    _report(store)
-    return 0
+    except OSError as error:
+        raise ConfigError(f"{store.folder} cannot be written: {error}; results that are there are whole") from error
 
 
-def _compute(arguments: argparse.Namespace, store: "Store", cells: list[dict[str, Any]], run_cells: Any) -> bool:
+def _new_plan(spec: "Spec", extra: dict[str, Any]) -> dict[str, Any]:
+    from sagan_attn.ablation.plan import new_plan
+
+    plan = new_plan(spec, {key: value for key, value in extra.items() if key != "screen_sites"})
+    return {**plan, "set": extra}
+
+
+def _compute(
+    arguments: argparse.Namespace, store: "Store", cells: list[dict[str, Any]], workers: Any, run_cells: Any
+) -> bool:
     def say(line: str) -> None:
         print(line, flush=True)
 
@@ -94,15 +116,15 @@ def _compute(arguments: argparse.Namespace, store: "Store", cells: list[dict[str
         from sagan_attn.ablation.cluster import run_on_ray
 
         return run_on_ray(store, cells, arguments.ray, say, share=1 / arguments.cells_per_device, **how)
-    return run_cells(store, cells, _workers(arguments), say, **how)
+    return run_cells(store, cells, workers, say, **how)
 
 
-def _report(store: "Store") -> None:
+def _report(store: "Store") -> int:
     from sagan_attn.commands import report
 
     parser = argparse.ArgumentParser()
     report.add_arguments(parser)
-    report.run(parser.parse_args([str(store.folder)]))
+    return report.run(parser.parse_args([str(store.folder)]))
 
 
 def _workers(arguments: argparse.Namespace) -> Any:
@@ -136,8 +158,8 @@ def _with_all_sites(spec: "Spec", extra: dict[str, Any]) -> "Spec":
     """The spec with every place of its host as the axis `site`, second names of a place left out."""
     import torch
 
+    from sagan_attn.ablation.models import network_of
     from sagan_attn.ablation.settings import apply_settings
-    from sagan_attn.ablation.variants import network_of
     from sagan_attn.surgery.sites import survey
     from sagan_attn.training.resolve import resolve_config
 
@@ -162,9 +184,8 @@ def _print_plan(spec: "Spec", plan: dict[str, Any], workers: Any) -> None:
     table = Table(title=f"{plan['name']}: what would be run", title_justify="left", box=None, pad_edge=False)
     for header in ("variant", "kind", "compared with", "parameters", "FLOPs", "ms an image", "cells"):
         table.add_column(header, justify="left" if header in ("variant", "kind", "compared with") else "right")
-    an_image = {}
+    an_image = seconds_an_image(plan["variants"], workers.threads_of_one())
     for name, variant in plan["variants"].items():
-        an_image[name] = seconds_an_image(variant, workers.threads_of_one())
         cells = sum(cell["variant"] == name for cell in plan["cells"])
         beside = "" if variant["kind"] == "baseline" else variant["baseline"]
         numbers = (f"{variant['parameters']:,}", f"{variant['flops']:,}", f"{1000 * an_image[name]:.2f}", str(cells))
@@ -173,6 +194,9 @@ def _print_plan(spec: "Spec", plan: dict[str, Any], workers: Any) -> None:
     if not console.is_terminal:
         console = Console(markup=False, highlight=False, width=160)
     console.print(table)
+    for name, variant in plan["variants"].items():
+        if variant["note"]:
+            print(f"{name}: {variant['note']}")
     seconds = 0.0
     for stage in spec.stages:
         ahead = outlook(plan, stage, an_image)

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from sagan_attn.errors import ConfigError, SaganAttnError
-from sagan_attn.training.cli import SaganCLI, best_precision
+from sagan_attn.training.cli import SaganCLI
 from sagan_attn.training.data import ImageData
 from sagan_attn.training.hosts import host_preprocess
 from sagan_attn.training.module import ClassifierModule
@@ -47,8 +47,7 @@ class _Resolver(SaganCLI):
         """The config is only looked at."""
 
     def before_instantiate_classes(self) -> None:
-        if self.options.trainer.precision is None:
-            self.options.trainer.precision = best_precision(str(self.options.trainer.accelerator))
+        """Precision stays as given: the machine that trains chooses it."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """None is made."""

@@ -106,7 +106,7 @@ def test_no_difference_is_said_in_words():
     assert (row.outcome, row.used) == ("not distinguishable", False)
     assert "sagan, the best variant, is not distinguishable from none at 6 epochs: " in group.verdict
     assert f"this design sees {100 * (row.detectable or 0):.2f} points or more with 80 % power" in group.verdict
-    assert "It loses against the strongest control, conv (+" in group.verdict
+    assert "It is below the strongest control, conv (+" in group.verdict
     assert "the branch is unused" in group.verdict
     equal = only(make({"none": 0.0, "conv": 0.02, "sagan": 0.02}, seeds=12))
     assert "It is not distinguishable from the strongest control, conv" in equal.verdict

@@ -33,7 +33,8 @@ def write_spec(folder: Path, **changes: Any) -> Path:
     content = {
         "base": str(CONFIGS / "lookup.yaml"),
         "set": SMALL,
-        "axes": {"block": ["sagan", "context-max"]},
+        "axes": {"block": ["sagan", "nonlocal"]},
+        "controls": ["context-max"],
         **CONFIRM,
         **changes,
     }
@@ -58,14 +59,14 @@ def cell_of(plan: dict[str, Any], variant: str, budget: int = 1, seed: int = 100
 
 def test_the_plan(planned: tuple[Store, dict[str, Any]], tmp_path: Path):
     _, plan = planned
-    assert len(plan["cells"]) == 3 * 6 * 2 == len({cell["key"] for cell in plan["cells"]})
+    assert len(plan["cells"]) == 4 * 6 * 2 == len({cell["key"] for cell in plan["cells"]})
     # the host: patches 3*4*4*64 + 128, local 64*128*9 + 256, mixes 2 * (128*128 + 256), head 1290
     assert plan["variants"]["none"]["parameters"] == 3072 + 128 + 73728 + 256 + 2 * (16384 + 256) + 1290
     assert plan["variants"]["sagan"]["parameters"] - 111_754 == 2 * (128 * 16 + 16) + 128 * 128 + 128 + 1
     # other spellings of the same are the same
     settings = {key: float(value) if isinstance(value, int) else value for key, value in SMALL.items()}
     settings = dict(reversed(settings.items())) | {"data.init_args.num_workers": 2}
-    same = new_plan(read_spec(write_spec(tmp_path, set=settings | SMALL, axes={"block": ["context-max", "sagan"]})), {})
+    same = new_plan(read_spec(write_spec(tmp_path, set=settings | SMALL, axes={"block": ["nonlocal", "sagan"]})), {})
     assert {cell["key"] for cell in same["cells"]} == {cell["key"] for cell in plan["cells"]}
     # another image is another key
     other = new_plan(read_spec(write_spec(tmp_path, set={**SMALL, "data.init_args.data_seed": 1})), {})
@@ -88,8 +89,11 @@ def test_a_frozen_plan_is_not_changed(planned: tuple[Store, dict[str, Any]], tmp
     add_seeds(more, spec, 2)
     added = [cell for cell in more["cells"] if cell["added"]]
     assert sorted({cell["seed"] for cell in added}) == [1006, 1007]
-    assert len(added) == 3 * 2 * 2
+    assert len(added) == 4 * 2 * 2
     assert more["cells"][: len(plan["cells"])] == plan["cells"]
+    assert not add_seeds(more, spec, 2)  # the same command goes on with these
+    assert add_seeds(more, spec, 2, [cell["key"] for cell in more["cells"]])
+    assert more["stages"]["confirm"]["added_seeds"] == [1006, 1007, 1008, 1009]
 
 
 REFUSED: dict[str, dict[str, Any]] = {
@@ -167,6 +171,39 @@ def test_a_cell_is_a_fit(planned: tuple[Store, dict[str, Any]], computed: dict[s
     assert (tmp_path / "run" / "metrics.csv").read_text() == store.file(result["key"], "metrics.csv").read_text()
 
 
+def test_hosts_and_data_are_told_apart(tmp_path: Path):
+    hosts = [{"name": "lookup-cnn", "options": {"width": width}} for width in (32, 64)]
+    plan = new_plan(read_spec(write_spec(tmp_path, axes={"host": hosts}, controls=["conv"])), {})
+    baselines = {name: one["baseline"] for name, one in plan["variants"].items() if one["kind"] == "variant"}
+    assert baselines == {f"host lookup-cnn width={width}": f"none, host lookup-cnn width={width}" for width in (32, 64)}
+    for name, baseline in baselines.items():
+        ours, theirs = (plan["variants"][each]["config"]["model"]["host"] for each in (name, baseline))
+        assert ours == theirs
+    data = [{"class_path": "LookupData", "init_args": {"n_train": n, "n_val": 32, "n_test": 32}} for n in (64, 128)]
+    plan = new_plan(read_spec(write_spec(tmp_path, set={}, axes={"data": data})), {})
+    assert [one["images"] for one in plan["variants"].values()] == [64, 128] * 3
+
+
+def test_controls_of_the_same_size(tmp_path: Path):
+    spec = write_spec(
+        tmp_path,
+        axes={"block": ["sagan", "biggan", "multihead"], "reduction": [2, 4]},
+        exclude=[{"block": "biggan", "reduction": 2}, {"block": "biggan", "reduction": 4}],
+        controls=["conv", "identity", "wider"],
+    )
+    plan = new_plan(read_spec(spec), {})
+    sizes = {name: one["parameters"] for name, one in plan["variants"].items()}
+    host = sizes["none"]
+    assert [name for name in sizes if name.startswith("conv")] == ["conv", "conv, like sagan", "conv, like multihead"]
+    for block in ("sagan", "multihead"):
+        for reduction in (2, 4):
+            ours = sizes[f"{block}, reduction {reduction}"] - host
+            assert any(abs(sizes[name] - host - ours) <= 0.03 * ours for name in sizes if name.startswith("conv"))
+    for reduction in (2, 4):  # the parameters without the attention
+        assert sizes[f"identity, reduction {reduction}"] == sizes[f"sagan, reduction {reduction}"]
+    assert "% of the parameters of sagan, reduction 2" in plan["variants"]["wider"]["note"]
+
+
 def test_done_busy_and_changed_data(
     planned: tuple[Store, dict[str, Any]], computed: dict[str, dict[str, Any]], tmp_path: Path
 ):
@@ -218,7 +255,7 @@ def test_the_screen_chooses(tmp_path: Path):
         write_spec(tmp_path, screen={"seeds": 2, "epochs": [1]}, confirm={"seeds": 6, "epochs": [1, 2], "choose": 1})
     )
     plan = new_plan(spec, {})
-    accuracies = {"none": 0.9, "sagan": 0.5, "context-max": 0.4}
+    accuracies = {"none": 0.9, "context-max": 0.95, "sagan": 0.5, "nonlocal": 0.4}
     results = [
         {**cell, "outcome": "finished", "metrics": {"val/accuracy": accuracies[cell["variant"]]}}
         for cell in cells_of(plan, "screen")
@@ -227,8 +264,8 @@ def test_the_screen_chooses(tmp_path: Path):
         add_confirm(json.loads(json.dumps(plan)), spec, results[1:])
     results[-1]["metrics"]["val/accuracy"] = 0.99
     again = json.loads(json.dumps(plan))
-    assert add_confirm(again, spec, results) == ["context-max"]  # 0.695 on average
-    assert again["stages"]["confirm"]["variants"] == ["none", "context-max"]
+    assert add_confirm(again, spec, results) == ["nonlocal"]  # 0.695 on average
+    assert again["stages"]["confirm"]["variants"] == ["none", "context-max", "nonlocal"]
     results[-1]["outcome"] = "diverged"
     assert add_confirm(plan, spec, results) == ["sagan"]
 
@@ -237,7 +274,7 @@ def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     monkeypatch.chdir(tmp_path)
     assert main(["ablate", str(write_spec(tmp_path)), "--dry-run", "--set", "lr=0.01", "--threads", "1"]) == 0
     out = capsys.readouterr().out
-    assert "confirm: 3 variants x 6 seeds x epochs 1, 2 = 36 cells; smallest effect seen with 80 % power" in out
+    assert "confirm: 4 variants x 6 seeds x epochs 1, 2 = 48 cells; smallest effect seen with 80 % power" in out
     assert "132,395" in out
     assert not (tmp_path / "runs").exists()
     for arguments, message in ((["--set", "lr"], "KEY=VALUE"), (["--set", "x=1"], "unknown key 'x'")):

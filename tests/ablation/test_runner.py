@@ -67,7 +67,8 @@ def test_a_cell_that_dies_is_run_again_and_one_that_keeps_dying_stays_visible(st
     assert any("FAILED (ValueError: no good)" in line for line in lines)
     done, lines = run(store)
     assert not done
-    assert lines == ["3 failed before: --retry-failed runs them again"]
+    assert lines[0] == "1 failed before: --retry-failed runs them again"
+    assert [store.attempts(key) for key in KEYS] == [2, 6, 6, 1]  # what was killed may have been bad luck
     for index in (1, 2, 3):
         behave(store, index, "")
     assert run(store, retry_failed=True)[0]
@@ -117,7 +118,8 @@ def test_two_runners_share_the_cells_and_one_that_is_interrupted_stops_its_own(s
     assert store.has_result(KEYS[0])
 
 
-def test_devices_and_threads():
+def test_devices_and_threads(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     workers = Workers(4, ["0", "3"], None)
     assert [workers.environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(4)] == ["0", "3", "0", "3"]
     assert Workers(1, (), 3).threads_of_one() == 3
@@ -139,6 +141,7 @@ BROKEN = {
     "outcome 'won'": {"outcome": "won"},
     "no metrics": {"metrics": None},
     "validation accuracy None": {"metrics": {}},
+    "which code computed it": {"provenance": {}},
 }
 
 
@@ -153,6 +156,32 @@ def test_broken_and_foreign_results_are_named_and_left_out(store: Store, problem
     assert (results, failures) == ([], [])
     assert str(path) in said
     assert problem in said
+
+
+def test_a_damaged_result_is_set_aside_and_computed_again(store: Store):
+    path = store.file(KEYS[0], "result.json")
+    path.parent.mkdir(parents=True)
+    path.write_text("{half")
+    done, lines = run(store)
+    assert done
+    assert "its result cannot be used, and is now" in lines[0]
+    assert path.with_name("result.json.bad-1").read_text() == "{half"
+    assert len(read_results(store.folder)[0]) == 4
+
+
+def test_devices_are_among_those_that_are_visible(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-abc")
+    assert Workers(2, ["0", "1"]).environment(1) == {"CUDA_VISIBLE_DEVICES": "GPU-abc"}
+
+
+def test_only_one_plans(store: Store, tmp_path: Path):
+    new = Store(tmp_path / "new")
+    with pytest.raises(ConfigError), new.planning():
+        raise ConfigError("no good")
+    assert not new.folder.exists()
+    with store.planning():
+        pass
+    assert store.plan.is_file()
 
 
 def test_foreign_folders(store: Store, tmp_path: Path):

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
+from sagan_attn.ablation.models import Models
 from sagan_attn.ablation.settings import apply_settings, label
 from sagan_attn.ablation.spec import read_spec
 from sagan_attn.ablation.variants import make_variants
@@ -54,6 +55,8 @@ REFUSED = {
     "unknown key 'blok'; did you mean 'block'": {"axes": {"blok": ["sagan", "biggan"]}},
     "trainer.max_epochs cannot be set": {"set": {"trainer.max_epochs": 3}},
     "seed_everything cannot be set": {"variants": {"a": {"seed_everything": 3}}},
+    "screen: model.host cannot be set for a stage": {"screen": {"set": {"model.host": "x"}}},
+    "trainer.max_time cannot be set: a run goes on to its last": {"set": {"trainer.max_time": "00:01:00"}},
     "nothing to compare": {"axes": {}},
     "exclude names heads, which is no axis": {"exclude": [{"heads": 2}]},
     "with 5 seeds the smallest p a sign-flip test can give is 0.0625.*needs at least 6": {"confirm": {"seeds": 5}},
@@ -82,6 +85,26 @@ def test_no_spec(tmp_path: Path, text: str):
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"spec\.yaml"):
         read_spec(path)
+
+
+BASES = {
+    r"trainer \(None\) must be a mapping": {"trainer": None},
+    r"max_epochs \(0\) must be a whole number": {"trainer": {"max_epochs": 0}},
+    r"model.grafts \(\['sagan'\]\) must be a list of mappings": {"model": {"grafts": ["sagan"]}},
+    r"model.schedule \(None\) must be a mapping": {"model": {"schedule": None}},
+    "trainer.fast_dev_run cannot be set": {"trainer": {"max_epochs": 2, "fast_dev_run": True}},
+    "EarlyStopping chooses an epoch": {
+        "trainer": {"max_epochs": 2, "callbacks": [{"class_path": "lightning.pytorch.callbacks.EarlyStopping"}]}
+    },
+}
+
+
+@pytest.mark.parametrize("message", BASES)
+def test_a_base_that_is_no_training_config(spec: Any, tmp_path: Path, message: str):
+    base = {"trainer": {"max_epochs": 2}, "model": {}, "data": {}, **BASES[message]}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    with pytest.raises(ConfigError, match=message):
+        read_spec(spec(base="base.yaml"))
 
 
 def test_settings_reach_the_config():
@@ -133,7 +156,7 @@ def test_variants_and_controls(spec: Any):
             controls=["conv", "deeper"],
         )
     )
-    found = {variant.name: variant for variant in make_variants(read, {"data.init_args.n_train": 64})}
+    found = {variant.name: variant for variant in make_variants(read, {"data.init_args.n_train": 64}, Models())}
     kinds = {name: (variant.kind, variant.baseline) for name, variant in found.items()}
     rates = [f"lr {rate}" for rate in (0.1, 0.2)]
     assert kinds == {
@@ -150,5 +173,10 @@ def test_variants_and_controls(spec: Any):
         assert variant.config["data"]["init_args"]["n_train"] == 64
         assert variant.config["model"]["optimizer"]["lr"] == variant.settings.get("model.optimizer.lr", 3e-3)
     assert found["none, lr 0.1"].config["model"]["grafts"] == []
-    assert found["conv, lr 0.1"].config["model"]["grafts"] == [{"at": "local", "block": "conv", "options": {}}]
+    (conv,) = found["conv, lr 0.1"].config["model"]["grafts"]
+    assert conv == {
+        "at": "local",
+        "block": "conv",
+        "options": {"parameters": 2 * (128 * 16 + 16) + 128 * 128 + 128 + 1},
+    }
     assert found["deeper, lr 0.2"].config["model"]["host"]["options"] == {"extra": 1}

@@ -120,8 +120,8 @@ def methods(analysis: Analysis) -> str:
     diverged = sum(cell.state == "diverged" for cell in cells)
     words = [
         f"Each variant was trained with {len(seeds)} seeds ({_seeds(seeds)}) at training budgets of {budgets} epochs; "
-        "for a seed, all variants share initial host weights, data order and augmentation. The last epoch counts; the "
-        "test split was read once a run.",
+        "for a seed, all variants of one host share its initial weights, the order of the data and their augmentation. "
+        "The last epoch counts; the test split was read once a run.",
         "Added after looking at results: seeds " + ", ".join(map(str, added)) + "." if added else "",
         _chosen(analysis),
         f"The primary figure is the mean difference to the baseline ({_names(_baselines(confirmed))}), paired by seed, "
