@@ -1,17 +1,20 @@
 """Attention alone on a GPU, in bfloat16: the fused kernels against what torch has, for SAGAN's and BigGAN's shapes.
 
-    python benchmarks/kernel_cuda.py [--seconds 150] [--json benchmarks/kernel_cuda.json]
+    python benchmarks/kernel_cuda.py [--seconds 310] [--json benchmarks/kernel_cuda.json]
 
 Queries, keys and values are maps, channels first, as projections make them. `sagan` has keys and values of as many
 positions as queries and C wide values, `biggan` a quarter of the positions and half the width; queries have C / 8
 features. Speed is over the fastest of the others, by the median over interleaved rounds on fresh random data.
-FlexAttention, which compiles for every shape, joins as long as there is time; `with_flex` says where it did.
+FlexAttention, which compiles for every shape, has a share of the time to itself; `with_flex` says where it joined.
+Last, as long as there is time, come the forward passes alone of the largest and the smallest maps; `left_out` counts
+what was not begun.
 """
 
 import argparse
+import itertools
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +64,12 @@ LARGE = [
     Shape(form, c, n, 65536 // n) for n in (4096, 1024, 16384) for c in (256, 128, 512) for form in ("sagan", "biggan")
 ]
 CIFAR = [Shape("sagan", c, n, b) for n, b in ((64, 1024), (256, 512), (1024, 256)) for c in (128, 256)]
+Case = tuple[Shape, bool]  # and whether backwards as well
+LATER: list[Case] = [(shape, False) for shape in (*LARGE, *CIFAR) if shape.positions > 4096 or shape in CIFAR]
+FIRST: list[Case] = [
+    (x, backward) for x in (*LARGE, *CIFAR) for backward in (True, False) if (x, backward) not in LATER
+]
+FOR_FLEX = 0.3  # of the time
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -84,6 +93,16 @@ def padded(backend: SDPBackend) -> Way:
     return attend
 
 
+def in_rows(backend: SDPBackend) -> Way:
+    """In rows and as they are, by those of torch's kernels that take values wider than queries."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return sdpa(query.contiguous(), key.contiguous(), value.contiguous())
+
+    return attend
+
+
 def flex() -> Way:
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -100,6 +119,7 @@ def ways(path: Any = OURS) -> dict[str, Way]:
         "plain": plain,
         "sdpa": sdpa,
         **{f"padded, {name}": padded(backend) for name, backend in backends.items()},
+        **{f"rows, {name}": in_rows(backends[name]) for name in ("efficient", "cudnn")},
     }
 
 
@@ -115,7 +135,7 @@ def add_flex(row: dict, shape: Shape, device: torch.device, budget: Budget) -> N
 def measure(shape: Shape, backward: bool, among: Mapping[str, Way], device: torch.device, budget: Budget) -> dict:
     """Milliseconds of each way, what keeps others from the shape, and how far each is from float64."""
     inputs = shape.inputs(device)
-    towards = torch.randn(shape.batch, 1, shape.positions, shape.sizes[2], device=device).to(inputs[0].dtype)
+    towards = torch.randn(shape.batch, 1, shape.sizes[2], shape.positions, device=device).to(inputs[0].dtype).mT
     one = [x.detach()[:1] for x in inputs]
     expected = functional.attend(*(x.double() for x in one), path="chunked")
     skipped, first, off, calls = {}, {}, {}, {}
@@ -165,7 +185,7 @@ def measure(shape: Shape, backward: bool, among: Mapping[str, Way], device: torc
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=150.0, help="no new case is begun after so many")
+    parser.add_argument("--seconds", type=float, default=310.0, help="no new case is begun after so many")
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     arguments = parser.parse_args(argv)
     try:
@@ -175,23 +195,35 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     started = time.perf_counter()
     rate = measure_ceilings(["bf16"], device, 0.5).flops["bf16"]
-    cases = [(shape, backward) for shape in (*LARGE, *CIFAR) for backward in (True, False)]
     rows: list[dict] = []
-    for number, (shape, backward) in enumerate(cases):
-        if time.perf_counter() - started > arguments.seconds:
-            break
+
+    def note(words: str) -> None:
+        print(words, file=sys.stderr, flush=True)
+        flex = sum(backward for _, backward in FIRST) - sum("with_flex" in row for row in rows)
+        left_out = {"cases": len(FIRST) + len(LATER) - len(rows), "with_flex": flex}
+        save(arguments.json, {"matmul_flops_per_second": rate, "left_out": left_out, "cases": rows})
+
+    def begin(cases: Iterable[Any], until: float) -> Iterator[Any]:
+        """Those that are reached before so many seconds."""
+        return itertools.takewhile(lambda _: time.perf_counter() - started < until, cases)
+
+    def add(shape: Shape, backward: bool) -> None:
         row = measure(shape, backward, ways(), device, Budget(5, 0.5))
         row["share_of_matmul_rate"] = row["flops_per_second"] / rate
         rows.append(row)
         words = f"{row['ms'][OURS]['median']:.3g} ms, {row['speed_over_best'] or 0:.2f} times {row['best_of_others']}"
-        print(f"{number + 1} of {len(cases)}: {shape}, {row['passes']}: {words}", file=sys.stderr, flush=True)
-        save(arguments.json, {"matmul_flops_per_second": rate, "left_out": len(cases) - len(rows), "cases": rows})
-    for row, (shape, backward) in zip(rows, cases, strict=False):
-        if backward and time.perf_counter() - started < arguments.seconds:
-            add_flex(row, shape, device, Budget(5, 0.5))
-            print(f"{shape} with flex: {row['speed_over_best']:.2f}", file=sys.stderr, flush=True)
-            save(arguments.json, {"matmul_flops_per_second": rate, "left_out": len(cases) - len(rows), "cases": rows})
-    return int(len(rows) < len(cases))
+        note(f"{len(rows)} of {len(FIRST) + len(LATER)}: {shape}, {row['passes']}: {words}")
+
+    for case in begin(FIRST, (1 - FOR_FLEX) * arguments.seconds):
+        add(*case)
+    measured = zip(list(rows), FIRST, strict=False)
+    for row, (shape, _) in begin([x for x in measured if x[1][1]], arguments.seconds):
+        add_flex(row, shape, device, Budget(5, 0.5))
+        note(f"{shape} with flex: {row['speed_over_best'] or 0:.2f}")
+    for case in begin(LATER, arguments.seconds):
+        add(*case)
+    note(f"{len(rows)} cases after {time.perf_counter() - started:.0f} s")
+    return 0
 
 
 if __name__ == "__main__":

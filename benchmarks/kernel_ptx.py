@@ -46,8 +46,9 @@ class Form:
     extra: str = ""
 
     def limits(self) -> launch.Limits:
-        if self.extra == "position":
-            return launch.Limits(rows=torch.empty(1, 1, N, 64), columns=torch.empty(1, 1, N, 64))
+        if self.extra.startswith("position"):  # on a map of so many rows and columns
+            sides = torch.empty(1, 1, N, int(self.extra.partition(" ")[2] or 64))
+            return launch.Limits(rows=sides, columns=sides)
         if self.extra == "mask":
             return launch.Limits(mask=torch.empty(1, 1, 1, N, dtype=torch.bool))
         if self.extra == "lens":
@@ -57,10 +58,11 @@ class Form:
         return launch.Limits()
 
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # The shapes of `sagan` with 128, 256, 512 and 1024 channels, `biggan` with 128, 256 and 512; wide heads.
 SAGAN = [(16, 128), (32, 256), (64, 512), (128, 1024), (16, 64)]
 FORMS = [
-    *(Form(d, size, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32) for d, size in SAGAN),
+    *(Form(d, size, dtype) for dtype in DTYPES for d, size in SAGAN),
     *(Form(d, size) for d, size in ((64, 64), (128, 128), (128, 256))),
     *(Form(8, size, dtype) for dtype in (torch.bfloat16, torch.float32) for size in (16, 32)),
     *(Form(d, size, columns=False) for d, size in SAGAN[:3]),
@@ -69,6 +71,16 @@ FORMS = [
     *(Form(d, size, capability=80) for d, size in SAGAN[:4]),
     *(Form(d, size, capability=89) for d, size in SAGAN[:4]),
     *(Form(64, 512, torch.float32, capability=capability) for capability in (80, 89)),
+    *(
+        Form(d, size, torch.float16, capability=capability)
+        for capability in (80, 89)
+        for d, size in (*SAGAN[:4], (64, 128), (128, 64), (128, 16))
+    ),
+    *(Form(32, 256, torch.float16, capability=capability, extra="position 128") for capability in (89, 90)),
+    *(Form(32, 256, dtype, capability=capability, extra="position 256") for capability in (89, 90) for dtype in DTYPES),
+    *(Form(128, 64, torch.float16, capability=capability, extra="position 256") for capability in (80, 89, 90)),
+    *(Form(128, 1024, dtype, capability=89, extra="position 256") for dtype in DTYPES),
+    *(Form(32, 256, torch.float16, capability=capability, extra="deterministic") for capability in (80, 89)),
 ]
 
 

@@ -17,6 +17,8 @@ COMMANDS = {
     "sites": "where a block can go in a model, and what it would cost there",
     "ablate": "compare variants over seeds, with controls: one YAML in, a table with intervals and a verdict out",
     "report": "the report of an ablation, from its folder alone: table, page, figures, paper",
+    "maps": "what the attention of a trained model looks at: sheets, figures of its heads, a page on each site",
+    "explore": "one HTML page: point at an image and see what attention looks at from there",
     "bench": "how long attention takes and how much memory, beside what would be used instead",
 }
 

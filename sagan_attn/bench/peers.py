@@ -65,6 +65,14 @@ class Fused(Convolutions):
         return self.joined(x, F.scaled_dot_product_attention(query, key, value, scale=1.0))
 
 
+class FusedRows(Convolutions):
+    """The same with all in rows: some of torch's fast kernels take values wider than queries, none takes such views."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (rows.contiguous() for rows in self.rows(x))
+        return self.joined(x, F.scaled_dot_product_attention(query, key, value, scale=1.0))
+
+
 class FusedPadded(Convolutions):
     """The same, with queries and keys as wide as the values and all in rows, which its fast kernels need."""
 
@@ -147,15 +155,18 @@ PEERS: dict[str, Peer] = {
     "sagan/materialised": Peer("ours", _path("materialised"), weight_heads=1),
     "sagan/chunked": Peer("ours", _path("chunked")),
     "sagan/sdpa_padded": Peer("ours", _path("sdpa_padded")),
+    "sagan/fused": Peer("ours", _path("fused")),
     "plain": Peer("same form", _same(Plain), weight_heads=1),
     "sdpa": Peer("same form", _same(Fused), weight_heads=1),  # where torch falls back to its road without a kernel
+    "sdpa-rows": Peer("same form", _same(FusedRows), weight_heads=1),  # as above
     "sdpa-padded": Peer("same form", _same(FusedPadded)),
     "flex": Peer("same form", _same(Flex)),
     "timm-non-local": Peer("other form", _timm_non_local, weight_heads=1),
     "timm-bottleneck": Peer("other form", _timm_bottleneck, weight_heads=4),
     "multihead": Peer("other form", _same(MultiHead), weight_heads=1),
 }
-DEFAULT_PEERS = [name for name in PEERS if name != "flex"]  # which needs a C++ compiler and minutes on a CPU
+# Without those for a GPU: on a CPU flex needs a C++ compiler and minutes, and the kernels do not run.
+DEFAULT_PEERS = [name for name in PEERS if name not in ("flex", "sagan/fused")]
 
 
 def check_peers(names: list[str]) -> list[str]:

@@ -89,7 +89,7 @@ def of_keys(
         if DV is not None:
             used = p * RAISED
             if SEED is not None:
-                used = tl.where(stays, used * grown, 0.0)
+                used = tl.where(stays, used, 0.0)  # grown at the end: here float16 might not hold them
             dv = tl.dot(tl.cast(used, g.dtype), g, dv, input_precision=PRECISION)
         if DK is not None:
             if WHOLE:
@@ -120,6 +120,8 @@ def of_keys(
         DK += b * dk_strides[0] + h * dk_strides[1] + tile(dk_strides, m, features)
         tl.store(DK, (dk * factor).to(DK.dtype.element_ty), mask=k_inside)
     if DV is not None:
+        if SEED is not None:
+            dv = dv * grown
         DV += b * dv_strides[0] + h * dv_strides[1] + tile(dv_strides, m, columns)
         tl.store(DV, tl.cast(dv / RAISED, DV.dtype.element_ty), mask=v_inside)
 

@@ -125,6 +125,8 @@ def backward(
             if limits.rows is not None and limits.columns is not None:
                 drows, dcolumns = torch.empty_like(given["ROWS"]), torch.empty_like(given["COLUMNS"])
             tiles = _tiles("of queries", query, value, limits)
+            if max(given["height"], given["width"]) > 64:  # whose sums take as many registers as dQ for wide queries
+                tiles = replace(tiles, warps=8)
             backward_.of_queries[(_parts(n, tiles.queries) * b * heads,)](
                 DQ=dq, DROWS=drows, DCOLUMNS=dcolumns, WHOLE=size <= tiles.values,
                 BLOCK_H=padded(given["height"]), BLOCK_W=padded(given["width"]), **common, **tiles.arguments(d),
@@ -139,6 +141,7 @@ def _tiles(table: str, query: Tensor, value: Tensor, limits: Limits) -> Tiles:
         query.shape[-1],
         value.shape[-1],
         _room(query.device),
+        query.dtype == torch.float16,
     )
     # What a position adds to a tile of scores would be loaded ahead as well, and is as large as a tile.
     return tiles if limits.rows is None else replace(tiles, stages=1)

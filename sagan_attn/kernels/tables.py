@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-__all__ = ["LARGE_ROOM", "TABLES", "Tiles", "choose", "padded"]
-
+__all__ = ["LARGE_ROOM", "TABLES", "WIDENED", "Tiles", "choose", "padded"]
 
 LARGE_ROOM, ROOM = 220 * 1024, 160 * 1024  # shared memory of a program on an H100, and on an A100
 
@@ -75,11 +74,18 @@ OF_QUERIES: Table = {2: (Tiles(64, 64, 64, 4, 2),), 4: (Tiles(32, 32, 32, 8, 1),
 
 
 TABLES = {"forward": FORWARD, "backward": BACKWARD, "of queries": OF_QUERIES}
+# Without as much as an H100 has, where float32 copies of float16 queries, keys and dS leave too little to those above.
+WIDENED = {"backward": Tiles(64, 64, 64, 8, 1), "of queries": Tiles(64, 32, 64, 4, 1)}
 
 
 @cache  # at each launch
-def choose(table: str, itemsize: int, d: int, size: int, room: int) -> Tiles:
-    """Those with the fewest multiplications for queries d and values `size` wide, that fit into so much room."""
+def choose(table: str, itemsize: int, d: int, size: int, room: int, widened: bool = False) -> Tiles:
+    """Those with the fewest multiplications for queries d and values `size` wide, that fit into so much room.
+
+    widened: the backward pass holds float32 copies, because the queries are float16.
+    """
+    if widened and itemsize == 2 and room < LARGE_ROOM and (table == "of queries" or (table == "backward" and d > 32)):
+        return WIDENED[table]
 
     def cost(tiles: Tiles) -> tuple[int, int]:
         slices = -(-size // tiles.values)

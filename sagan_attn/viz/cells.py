@@ -81,11 +81,11 @@ class Places:
 
     def cells(self, size: tuple[int, int]) -> Cells:
         """The cells of a map of that height and width."""
-        sides = []
+        sides: list[tuple[float, ...]] = []
         for cells, pixels, axis in zip(size, self.image_size, self._axes, strict=True):
             even = Axis(pixels / cells / 2, pixels / cells)  # nothing known: stretched over the image
             sides.append(tuple(axis.get(cells, even).edges(cells, pixels)))
-        return Cells(*sides)
+        return Cells(sides[0], sides[1])
 
     def of(self, record: AttentionRecord) -> tuple[Cells, Cells]:
         """The cells of a record's queries and of its keys.
@@ -120,10 +120,10 @@ def map_places(model: nn.Module) -> Iterator[list[Places]]:
         for axis, side in zip(axes, images.shape[2:], strict=True):
             axis.clear()
             axis[side] = Axis(0.5, 1.0)
-        found.append(Places(*images.shape[2:], ({}, {})))
+        found.append(Places(images.shape[2], images.shape[3], ({}, {})))
 
     def follow(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not found or not isinstance(output, Tensor) or output.dim() != 4 or args[0].dim() != 4:
+        if not (found and args and isinstance(output, Tensor) and output.dim() == args[0].dim() == 4):
             return
         for side, axis in enumerate(axes):
             before, after = args[0].shape[2 + side], output.shape[2 + side]
@@ -131,7 +131,8 @@ def map_places(model: nn.Module) -> Iterator[list[Places]]:
                 axis[after] = _after(axis[before], module, side, before, after)
 
     def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        found[-1] = Places(*found[-1].image_size, (dict(axes[0]), dict(axes[1])))
+        height, width = found[-1].image_size
+        found[-1] = Places(height, width, (dict(axes[0]), dict(axes[1])))
 
     with ExitStack() as stack:
         for module in model.modules():

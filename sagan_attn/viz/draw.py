@@ -48,7 +48,7 @@ def style() -> Iterator[None]:
 
 
 def save_figure(figure: "Figure", path: Path, dpi: int = 150) -> None:
-    """Write a figure as a whole file, in the format of its suffix; the same figure gives the same bytes.
+    """Write a figure as a whole file, in the format of its suffix; figures drawn alike give the same bytes.
 
     Raises:
         GraftError: another suffix than .png, .svg and .pdf, or a folder that is missing or cannot be written.

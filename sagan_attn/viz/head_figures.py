@@ -10,7 +10,7 @@ from torch import Tensor
 from sagan_attn.viz.cells import Places
 from sagan_attn.viz.record import AttentionRecord
 
-__all__ = ["COLUMNS", "HeadFigures", "agreement", "as_json", "csv_of", "head_statistics"]
+__all__ = ["COLUMNS", "HeadFigures", "agreement", "as_json", "csv_of", "head_statistics", "label"]
 
 # column -> its meaning
 COLUMNS = {
@@ -31,6 +31,7 @@ COLUMNS = {
     "agreement": "1 - total variation between the weights of this head and of another, mean over the others",
     "importance": "|dL/d head|, l2-normed over the heads (see head_importance)",
 }
+UNITS = {"entropy": "nats", "distance": "pixels", "distance_even": "pixels"}
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,11 @@ def as_json(figures: Sequence[HeadFigures]) -> list[Mapping[str, object]]:
         {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in asdict(one).items()}
         for one in figures
     ]
+
+
+def label(name: str) -> str:
+    """A column in words, with its unit."""
+    return name.replace("_", " ") + (f" ({UNITS[name]})" if name in UNITS else "")
 
 
 def _cell(value: object) -> str:

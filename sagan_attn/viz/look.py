@@ -1,13 +1,13 @@
 """Some images, and all that the attention of a model does on them: what sheets, summaries and pages are made of."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from sagan_attn.errors import GraftError
 from sagan_attn.surgery import head_importance
+from sagan_attn.surgery.heads import attentions
 from sagan_attn.surgery.probe import quiet
 from sagan_attn.viz.cells import Cells, Places, map_places
 from sagan_attn.viz.head_figures import HeadFigures, head_statistics
@@ -74,11 +74,6 @@ def look(
             raise GraftError(f"{record.path!r} got {len(record.weights)} maps for {len(inputs)} images")
         places[0].of(record)
     importance: Mapping[str, Tensor] = {}
-    if labels is not None and any(".grafts." in f".{path}" for path in records):
-        importance = _importance(model, [(inputs, labels)])
+    if labels is not None and attentions(model).keys() & records.keys():
+        importance = head_importance(model, [(inputs, labels)])
     return Look(images.cpu(), list(captions), records, places[0], importance)
-
-
-def _importance(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Mapping[str, Tensor]:
-    with torch.inference_mode(False):
-        return head_importance(model, batches)

@@ -81,7 +81,7 @@ class Recording(Mapping[str, tuple[AttentionRecord, ...]]):
             raise GraftError(f"{len(self)} attentions were recorded; choose one of {', '.join(self)}")
         path = next(iter(self)) if key is None else key
         records = self[path]
-        if not records:
+        if len(records) == 0:
             raise GraftError(f"the attention at {path!r} did not run: it is disabled or its module never fires")
         if len(records) > 1:
             raise GraftError(f"the attention at {path!r} ran {len(records)} times: take one of recording[{path!r}]")
@@ -205,7 +205,7 @@ class _Recorder:
     def __call__(self, query: Tensor, key: Tensor, how: dict[str, Any]) -> Scored:
         if self.before is not None:
             query, key, how = self.before(query, key, how)
-        if torch._C._current_graph_task_id() == -1:  # not what a checkpoint computes again in a backward pass
+        if torch._C._current_graph_task_id() == -1:  # else a checkpoint computes it again, in a backward pass
             self._write(query.detach(), key.detach(), dict(how))
         return query, key, how
 

@@ -1,7 +1,8 @@
 """Sheets: images with the attention of query positions laid over them, and the weights of every head as a matrix."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from textwrap import fill
+from typing import TYPE_CHECKING, Any
 
 from sagan_attn.errors import GraftError
 from sagan_attn.viz.draw import MAP, lay_over, mark, picture, plain, style
@@ -37,7 +38,7 @@ def attention_sheet(seen: Look, path: str, queries: Sequence[int]) -> "Figure":
     _, height, width = seen.images[0].shape
     side = 1.75
     with style():
-        size = (side * (heads + 1) * max(1.0, width / height) + 1.9, side * max(1.0, height / width) * len(rows) + 1.0)
+        size = (side * (heads + 1) * max(1.0, width / height) + 1.1, side * max(1.0, height / width) * len(rows) + 1.0)
         figure = Figure(figsize=size, layout="constrained")
         panels = figure.subplots(len(rows), heads + 1, squeeze=False)
         for line, (image, query) in zip(panels, rows, strict=True):
@@ -45,9 +46,9 @@ def attention_sheet(seen: Look, path: str, queries: Sequence[int]) -> "Figure":
             low, high = min(0.0, float(weights.min())), float(weights.max())
             picture(line[0], seen.images[image])
             mark(line[0], of_queries, query)
-            line[0].set_ylabel(plain(seen.captions[image], 30), fontsize=8)
+            line[0].set_ylabel(fill(plain(seen.captions[image], 60), 26), fontsize=7)
             line[0].set_xlabel(f"query {place_words(query, of_queries.size)}", fontsize=8)
-            drawn = None
+            drawn: Any = None
             for head, axes in enumerate(line[1:]):
                 picture(axes, seen.images[image], grey=True)
                 drawn = lay_over(axes, weights[head], of_keys, low, high)
@@ -71,8 +72,9 @@ def head_matrices(seen: Look, path: str) -> "Figure":
     assert record.key_size is not None
     mean = record.weights.mean(0).float().cpu()  # [h, N, M]
     heads = len(mean)
-    columns = min(4, heads + (heads > 1))
-    rows = -(-(heads + (heads > 1)) // columns)
+    total = heads + (heads > 1)
+    rows = -(-total // 4)
+    columns = -(-total // rows)
     with style():
         figure = Figure(figsize=(3.1 * columns + 0.4, 2.9 * rows + 0.7), layout="constrained")
         panels = list(figure.subplots(rows, columns, squeeze=False).ravel())

@@ -4,10 +4,11 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from sagan_attn.viz.draw import COLOURS, MAP, lay_over, mark, picture, plain, style
-from sagan_attn.viz.head_figures import COLUMNS, HeadFigures, agreement
+from sagan_attn.viz.head_figures import COLUMNS, HeadFigures, agreement, label
 from sagan_attn.viz.look import Look
 from sagan_attn.viz.page import data_url, page, text
 from sagan_attn.viz.sheets import check_queries, place_words
@@ -30,14 +31,16 @@ SHOWN = 3  # images
 def summary_figure(seen: Look, path: str, queries: Sequence[int]) -> "Figure":
     """Up to three images under the mean weight of all heads for a query each, and bars of the heads' figures."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     record, figures = seen.records[path], seen.figures(path)
     of_queries, of_keys = seen.cells(path)
     check_queries(queries, record.weights.shape[2], path)
     images = min(SHOWN, len(record.weights))
     with style():
-        figure = Figure(figsize=(9.5, 6.6), layout="constrained")
-        above, below = figure.subfigures(2, 1, height_ratios=(1, 1.15))
+        figure = Figure(figsize=(9.5, 6.0), layout="constrained")
+        halves: Any = figure.subfigures(2, 1, height_ratios=(1, 1.15))
+        above, below = halves
         panels = above.subplots(1, 2 * SHOWN, squeeze=False)[0]
         for axes in panels:
             axes.set_axis_off()
@@ -49,15 +52,13 @@ def summary_figure(seen: Look, path: str, queries: Sequence[int]) -> "Figure":
                 picture(axes, seen.images[index], grey)
                 mark(axes, of_queries, query)
             drawn = lay_over(axes, weights, of_keys, min(0.0, float(weights.min())), float(weights.max()))
-            panels[2 * index].set_title(plain(seen.captions[index], 22), fontsize=8)
+            panels[2 * index].set_title(fill(plain(seen.captions[index], 44), 24), fontsize=8)
             axes.set_title(place_words(query, of_queries.size), fontsize=8)
-            above.colorbar(
-                drawn,
-                ax=list(panels[2 * index : 2 * index + 2]),
-                location="bottom",
-                fraction=0.06,
-                label="mean weight of heads",
-            )
+            bar = above.colorbar(drawn, ax=list(panels[2 * index : 2 * index + 2]), location="bottom", fraction=0.06)
+            bar.locator = MaxNLocator(4)
+            bar.update_ticks()
+            bar.ax.tick_params(labelsize=8)
+            bar.set_label("attention weight, mean of heads", fontsize=8)
         _bars(below, figures, record)
         images_words = f"{len(record.weights)} image{'s' * (len(record.weights) > 1)}"
         sizes = (
@@ -66,8 +67,9 @@ def summary_figure(seen: Look, path: str, queries: Sequence[int]) -> "Figure":
             + " x ".join(map(str, record.key_size or ()))
             + " keys"
         )
+        heads_words = f"{len(figures)} head{'s' * (len(figures) > 1)}"
         figure.suptitle(
-            f"Attention at {plain(record.site)}: {len(figures)} head{'s' * (len(figures) > 1)}, {sizes}, {images_words}",
+            f"Attention at {plain(record.site)}: {heads_words}, {sizes}, {images_words}",
             fontsize=11,
         )
     return figure
@@ -124,19 +126,19 @@ def summary_page(seen: Look, path: str, queries: Sequence[int]) -> str:
         "<tr>" + "".join(f"<td>{text(_number(asdict(one)[name]))}</td>" for name in shown) + "</tr>"
         for one in seen.figures(path)
     ]
-    heads = "".join(
-        f'<th scope="col" title="{text(COLUMNS[name])}">{text(name.replace("_", " "))}</th>' for name in shown
-    )
-    meanings = "".join(f"<dt>{text(name.replace('_', ' '))}</dt><dd>{text(COLUMNS[name])}</dd>" for name in shown)
+    heads = "".join(f'<th scope="col" title="{text(COLUMNS[name])}">{text(label(name))}</th>' for name in shown)
+    meanings = "".join(f"<dt>{text(label(name))}</dt><dd>{text(COLUMNS[name])}</dd>" for name in shown)
     first = seen.figures(path)[0]
     body = [
         f"<h1>Attention at {text(record.site)}</h1>",
-        f'<p class="dim">{text(record.path)}: {first.images} images, {first.queries} queries and {first.keys} keys each.'
-        " Pixels are those of the image as the model saw it.</p>",
+        f'<p class="dim">{text(record.path)}: {first.images} images, {first.queries} queries and '
+        f"{first.keys} keys each. Pixels are those of the image as the model saw it.</p>",
         f'<figure><img alt="Images under the attention of a query, and bars of the figures below" '
         f'src="{data_url("image/png", out.getvalue())}"></figure>',
         "<h2>Heads</h2>",
-        f'<div class="wide" tabindex="0"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>',
+        f'<div class="wide" tabindex="0"><table><thead><tr>{heads}</tr></thead><tbody>',
+        *rows,
+        "</tbody></table></div>",
         f"<h2>What the columns say</h2><dl>{meanings}</dl>",
     ]
     return page(f"Attention at {record.site}", body)

@@ -130,6 +130,7 @@ def test_a_missing_device_is_refused(name: str, capsys: pytest.CaptureFixture[st
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 def test_on_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     cuda = ("--device", "cuda")
     found, _ = bench(tmp_path, capsys, "block", "--shapes", "2,128,8x8", "--peers", "plain,flex", *cuda)

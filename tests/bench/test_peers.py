@@ -10,6 +10,7 @@ from sagan_attn.bench.floor import Case, Ceilings
 from sagan_attn.bench.memory import largest_batch, peak_bytes
 from sagan_attn.bench.peers import DEFAULT_PEERS, OURS, PEERS, Peer
 from sagan_attn.bench.timing import Budget, interleaved, ratios
+from sagan_attn.functional.door import INTERPRETED
 
 CPU = torch.device("cpu")
 ONCE = Options(CPU, Budget(1, 0.0), 1e9, 60.0)
@@ -79,6 +80,14 @@ def test_what_fails_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch)
     skipped = measure(Case(2, 18, 5, 5, "fp32", False), [OURS, "plain", "timm-bottleneck"], slow).skipped
     assert "max_call_seconds (0)" in skipped["plain"]
     assert skipped["timm-bottleneck"].startswith("AssertionError")  # 4 heads do not divide 18
+
+
+@pytest.mark.skipif(INTERPRETED, reason="Triton interprets the kernels")
+def test_the_kernels_are_left_out_on_a_cpu():
+    assert "sagan/fused" not in DEFAULT_PEERS
+    result = measure(Case(2, 16, 4, 4, "fp32", True), [OURS, "sagan/fused"], ONCE)
+    assert list(result.seconds) == [OURS]
+    assert "path 'fused' cannot serve" in result.skipped["sagan/fused"]
 
 
 def test_readings_are_interleaved_and_data_fresh():

@@ -3,6 +3,7 @@
 `test_fused_interpreted.py` runs these in processes of their own, because Triton looks at TRITON_INTERPRET once.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -130,6 +131,30 @@ def test_small_weights_in_float16():
     """Weights below what float16 holds in full, and gradients of scores below what it holds at all."""
     case = Case(16, 4000, 4, 4, b=1, dtype=torch.float16, scale=0.01)
     check(case)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_dropout_grows_large_weights_in_float16(deterministic: bool):
+    case = Case(40, 24, 16, 20, b=1, dtype=torch.float16)
+    tensors = case.inputs()[0]
+    with torch.no_grad():
+        tensors[0].fill_(1)
+        tensors[1][:, :, 5].fill_(1)  # whose weight is nearly 1 for every query
+    eye = torch.eye(24, dtype=torch.float16)[None, None]
+    torch.manual_seed(3)
+    stays = case.attend([*tensors[:2], eye], {}, dropout=0.9) != 0
+    assert stays[..., 5].any()
+    torch.manual_seed(3)
+    out = case.attend(tensors, {}, dropout=0.9)
+    expected = (case.expected_weights([x.double() for x in tensors], {}) * stays * 10) @ tensors[2].double()
+    towards = torch.randn_like(out)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        found = torch.autograd.grad(out, tensors, towards)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for one, other in zip(found, torch.autograd.grad(expected, tensors, towards.double()), strict=True):
+        torch.testing.assert_close(one.double(), other.double(), rtol=2e-2, atol=5e-2)  # sums of outputs near 40
 
 
 def test_half_precision_queries_of_other_values(small_tiles: None):
@@ -349,6 +374,12 @@ def gradients(block: torch.nn.Module, x: Tensor, options: dict[str, Any]) -> lis
     x = x.clone(memory_format=torch.channels_last).requires_grad_()
     out = block(x, **options)
     return [out, *torch.autograd.grad(out.square().sum(), [x, *block.parameters()])]
+
+
+@pytest.mark.parametrize("case", [WIDE[2], replace(WIDE[4], dtype=torch.float16)], ids=str)
+def test_tiles_of_a_smaller_room(case: Case, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launch, "_room", lambda device: 99 * 1024)
+    check(case)
 
 
 def test_nothing_of_size_n_times_m():

@@ -4,6 +4,8 @@ import os
 import socket
 from typing import Any
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which cuBLAS refuses sums in one order
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,9 +20,17 @@ from sagan_attn.functional import paths
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU"),
+    # Hints, which differ between versions of torch: of gradcheck about float32, of the compiler about TF32.
+    pytest.mark.filterwarnings("ignore"),
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHAPES, GROUP = 240, 20  # of random shapes, and of those to a test
+SHAPES, GROUP = 240, 5  # of random shapes, and of those to a test
+
+
+@pytest.fixture(autouse=True)
+def fused_for_small_maps(monkeypatch: pytest.MonkeyPatch):
+    """Blocks have path="auto", which is for more scores than these tests need."""
+    monkeypatch.setattr(paths, "FUSED_FROM", 1)
 
 
 @pytest.fixture
@@ -30,8 +40,18 @@ def one_order():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("first", range(0, SHAPES, GROUP))
+@pytest.mark.parametrize("first", range(0, SHAPES // 2, GROUP))
 def test_random_shapes_twice(first: int):
+    twice(first)
+
+
+@pytest.mark.parametrize("first", range(SHAPES // 2, SHAPES, GROUP))
+def test_more_random_shapes_twice(first: int):
+    """By another name, because each shape is compiled anew: `benchmarks/gpu.py` has them in a part of their own."""
+    twice(first)
+
+
+def twice(first: int) -> None:
     """Fresh data, poisoned outputs, twice for races: all but what atomic additions sum is the same to the bit."""
     for seed in range(first, first + GROUP):
         torch.manual_seed(seed)

@@ -1,6 +1,8 @@
 """Recording changes nothing and records what the output is made of."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -130,6 +132,12 @@ def test_a_context_has_its_own_keys():
     assert torch.equal(record.weights, block.attention_weights(x, context=context))
 
 
+def test_importing_it_loads_no_matplotlib():
+    code = "import sys; from sagan_attn import record_attention; print('matplotlib' in sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout == "False\n"
+
+
 def test_several_calls_nesting_and_exceptions():
     model, images = made(), torch.rand(2, 3, 20, 28)
     with torch.no_grad(), record_attention(model) as outer:
@@ -190,7 +198,8 @@ def test_autocast_and_compiled_models():
             compiled(images)
         with record_attention(model) as under_its_other_name:
             compiled(images)
-        assert torch.equal(compiled(images), expected)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            assert torch.equal(compiled(images), expected)
     assert torch.equal(recording.only().weights, plain.only().weights)
     assert torch.equal(under_its_other_name.only().weights, plain.only().weights)
 
