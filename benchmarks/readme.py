@@ -131,6 +131,13 @@ def _others() -> Iterator[str]:
             f"host alone {host['test_accuracy']:.3f}; with `sagan` after `layer2` {grafted['test_accuracy']:.3f}: not "
             "distinguishable at one seed | `benchmarks/cifar10_resnet20.json` |"
         )
+    if content := read("cifar10_fast_cpu"):
+        curve = ", ".join(f"{row['val_accuracy']:.3f}" for row in content["curve"])
+        yield (
+            f"| `cifar10_fast_cpu.yaml` on {content['data']}: {content['wall_seconds']:.0f} s from the command's start "
+            f"to its end | validation accuracy by epoch {curve}; test {content['test_accuracy']:.3f} | "
+            "`benchmarks/cifar10_fast_cpu.json` |"
+        )
     if content := read("grafts_alone"):
         sizes, accuracy = content["bytes"], content["test_accuracy"]
         same = all(content["bit_identical"].values())
@@ -140,6 +147,15 @@ def _others() -> Iterator[str]:
             f"checkpoint of {sizes['host checkpoint']:,}; loaded onto a fresh host, "
             f"{'bit-identical' if same else 'other'} logits on all {content['test_images']:,} test images | "
             "`benchmarks/grafts_alone.json` |"
+        )
+    if content := read("ablation_soak"):
+        kills = content["kills"]
+        yield (
+            f"| An ablation of {content['cells']} small runs under SIGKILL at random moments | {kills['cell']} runs "
+            f"and {kills['runner']} runners killed: {content['cells_lost']} runs lost, "
+            f"{len(content['files_corrupt'])} files corrupt, {content['cells_computed_again']} computed again, of which "
+            f"{len(content['computed_again_without_being_killed'])} had not been killed | "
+            "`benchmarks/ablation_soak.json` |"
         )
     if content := read("data_cpu"):
         for part, words in (("held", "held in memory"), ("streamed", "decoded anew")):
