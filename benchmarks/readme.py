@@ -153,8 +153,8 @@ def _others() -> Iterator[str]:
         yield (
             f"| An ablation of {content['cells']} small runs under SIGKILL at random moments | {kills['cell']} runs "
             f"and {kills['runner']} runners killed: {content['cells_lost']} runs lost, "
-            f"{len(content['files_corrupt'])} files corrupt, {content['cells_computed_again']} computed again, of which "
-            f"{len(content['computed_again_without_being_killed'])} had not been killed | "
+            f"{len(content['files_corrupt'])} files corrupt, {content['cells_computed_again']} computed again, "
+            f"of which {len(content['computed_again_without_being_killed'])} had not been killed | "
             "`benchmarks/ablation_soak.json` |"
         )
     if content := read("data_cpu"):
