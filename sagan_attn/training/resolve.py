@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -14,6 +14,8 @@ from sagan_attn.training.hosts import host_preprocess
 from sagan_attn.training.module import ClassifierModule
 
 __all__ = ["Resolved", "resolve_config"]
+
+KEPT = ("_subcommand_method_arguments",)
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,14 @@ class Resolved:
 
 class _Resolver(SaganCLI):
     """A `fit` that stops before a trainer is made."""
+
+    _made: ClassVar[dict[str, Any]] = {}  # the parsers, which take most of the time and do not change
+
+    def setup_parser(self, *arguments: Any, **options: Any) -> None:
+        if not self._made:
+            super().setup_parser(*arguments, **options)
+            self._made.update({name: value for name, value in vars(self).items() if "parser" in name or name in KEPT})
+        vars(self).update(self._made)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
