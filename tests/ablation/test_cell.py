@@ -184,6 +184,7 @@ def test_hosts_and_data_are_told_apart(tmp_path: Path):
     assert [one["images"] for one in plan["variants"].values()] == [64, 128] * 3
 
 
+@pytest.mark.slow
 def test_controls_of_the_same_size(tmp_path: Path):
     spec = write_spec(
         tmp_path,

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 FILE = Path(__file__).with_name("interpreted.py")
-PARTS = ("tiles or order", "random or blocks", "not tiles and not order and not random and not blocks")
+PARTS = ("tiles or order", "not tiles and not order and not random and not blocks")
+SLOW = ("random or blocks", "slow")
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.parametrize("part", [*PARTS, pytest.param("slow", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("part", [*PARTS, *(pytest.param(part, marks=pytest.mark.slow) for part in SLOW)])
 def test_in_triton_s_interpreter(part: str):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("PYTEST_XDIST_WORKER", None)

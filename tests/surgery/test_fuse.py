@@ -233,6 +233,7 @@ AUTO = torch.export.Dim.AUTO
 SHAPES = ({0: AUTO, 2: AUTO, 3: AUTO},)
 
 
+@pytest.mark.slow
 def test_compiles_exports_and_copies():
     model, images = HOST.build(), HOST.images()
     at = {"stage": {"block": "sagan", "pool": 2}, "top": "nonlocal-caffe2"}

@@ -78,7 +78,7 @@ def test_a_graft_after_compilation_is_refused(name: str, way: str):
     assert_unchanged(model, before)
 
 
-@pytest.mark.parametrize("options", [{}, {"spectral_norm": True, "pool": 2}])
+@pytest.mark.parametrize("options", [{}, pytest.param({"spectral_norm": True, "pool": 2}, marks=pytest.mark.slow)])
 def test_trains_when_compiled(options: dict[str, Any]):
     host = grafted("tiny", count=False, **options)
     model, images = host.model.train(), host.images

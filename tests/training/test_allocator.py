@@ -20,6 +20,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")
 def test_pages_are_not_faulted_in_again():
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
