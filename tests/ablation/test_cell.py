@@ -283,3 +283,16 @@ def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
         assert message in capsys.readouterr().err
     assert main(["ablate", str(write_spec(tmp_path)), "--devices", "99"]) == 2
     assert "CUDA devices" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_every_place_of_the_host(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    spec = write_spec(tmp_path, screen={"seeds": 2, "epochs": [1]}, confirm={"seeds": 6, "choose": 1})
+    assert main(["ablate", str(spec), "--screen-sites", "--dry-run", "--threads", "1"]) == 0
+    out = capsys.readouterr().out
+    for site in ("patches", "local", "mix1", "mix2.conv"):
+        assert f"sagan at {site} " in out
+    assert "at pool" not in out  # a map of one position
+    assert main(["ablate", str(write_spec(tmp_path)), "--screen-sites", "--dry-run"]) == 2
+    assert "needs a stage `screen`" in capsys.readouterr().err
