@@ -84,7 +84,10 @@ def run(arguments: argparse.Namespace) -> int:
                 continue
             if not _compute(arguments, store, cells, workers, run_cells):
                 _report(store)
-                print(f"{stage}: not every cell has a result; the same command computes what is missing")
+                print(
+                    f"{stage}: not every cell has a result; the same command computes what is missing, and "
+                    "with --retry-failed what failed by its own fault"
+                )
                 return 1
         return _report(store)
     except KeyboardInterrupt:

@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Sequence
 from html import escape
 
-__all__ = ["data_url", "page", "text"]
+__all__ = ["data_url", "frame", "page", "text"]
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --dim: #5c5c5c; --paper: #ffffff; --line: #d5d5d5; --soft: #f4f5f7;
@@ -33,11 +33,15 @@ figure img { display: block; width: 100%; height: auto; }
 
 
 def page(title: str, body: Sequence[str], style: str = "", script: str = "") -> str:
+    """A whole page in the style of this library's pictures."""
+    return frame(title, body, STYLE + style, script)
+
+
+def frame(title: str, body: Sequence[str], style: str, script: str = "") -> str:
     """A whole page. Its own policy forbids every fetch, and every style and script but those of their hashes."""
-    css = STYLE + style
     scripts = f"'{_hash(script)}'" if script else "'none'"
     policy = (
-        f"default-src 'none'; img-src data:; style-src '{_hash(css)}'; script-src {scripts}; "
+        f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src {scripts}; "
         "base-uri 'none'; form-action 'none'"
     )
     parts = [
@@ -49,7 +53,7 @@ def page(title: str, body: Sequence[str], style: str = "", script: str = "") -> 
         '<meta name="referrer" content="no-referrer">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{text(title)}</title>",
-        f"<style>{css}</style>",
+        f"<style>{style}</style>",
         "</head>",
         "<body>",
         *body,

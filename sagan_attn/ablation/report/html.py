@@ -5,10 +5,8 @@ policy forbids every fetch and every script but the one of its hash.
 """
 
 import base64
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
@@ -18,6 +16,8 @@ from sagan_attn.ablation.report.columns import COLUMNS
 from sagan_attn.ablation.report.page_parts import SCRIPT, STYLE
 from sagan_attn.ablation.report.tables import status_words
 from sagan_attn.ablation.verdict import COVERS
+from sagan_attn.viz.page import frame
+from sagan_attn.viz.page import text as escaped
 
 __all__ = ["page"]
 
@@ -46,44 +46,16 @@ def page(analysis: Analysis, svgs: Mapping[str, bytes], folder: Path, at: Path) 
         folder: of the ablation.
         at: the folder the page will lie in, from which links to the cells' files lead.
     """
-    title = _text(f"Ablation {analysis.name}")
-    policy = (
-        f"default-src 'none'; img-src data:; style-src '{_hash(STYLE)}'; script-src '{_hash(SCRIPT)}'; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    parts = [
-        "<!DOCTYPE html>",
-        '<html lang="en">',
-        "<head>",
-        '<meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
-        '<meta name="referrer" content="no-referrer">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{title}</title>",
-        f"<style>{STYLE}</style>",
-        "</head>",
-        "<body>",
-        f"<h1>{title}</h1>",
+    title = f"Ablation {analysis.name}"
+    body = [
+        f"<h1>{escaped(title)}</h1>",
         *_verdicts(analysis),
         *(line for group in analysis.groups for line in _group(group)),
         *_figures(analysis, svgs),
         *_cells(analysis, folder, at),
         *_legend(),
-        f"<script>{SCRIPT}</script>",
-        "</body>",
-        "</html>",
     ]
-    return "\n".join(parts) + "\n"
-
-
-def _text(text: object) -> str:
-    """Escaped, for content and attributes; control characters, which HTML forbids, replaced."""
-    words = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in str(text))
-    return escape(words, quote=True)
-
-
-def _hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return frame(title, body, STYLE, SCRIPT)
 
 
 def _verdicts(analysis: Analysis) -> list[str]:
@@ -93,8 +65,8 @@ def _verdicts(analysis: Analysis) -> list[str]:
         words = "screen: not to be quoted" if screen else "not to be quoted yet" if analysis.why_not else ""
         stamp = f' <span class="stamp">{words}</span>' if words else ""
         lines.append(
-            f'<p class="verdict{" screen" if screen else ""}"><b>{_text(group.title)}{stamp}</b>'
-            f"{_text(group.beside + group.verdict)}</p>"
+            f'<p class="verdict{" screen" if screen else ""}"><b>{escaped(group.title)}{stamp}</b>'
+            f"{escaped(group.beside + group.verdict)}</p>"
         )
     words = status_words(analysis)
     if analysis.problems:
@@ -102,7 +74,7 @@ def _verdicts(analysis: Analysis) -> list[str]:
         words += analysis.problems
     if words:
         kind = "warn" if analysis.why_not or analysis.problems else "dim"
-        lines += [f'<div class="{kind}">', *(f"<p>{_text(line)}</p>" for line in words), "</div>"]
+        lines += [f'<div class="{kind}">', *(f"<p>{escaped(line)}</p>" for line in words), "</div>"]
     return lines
 
 
@@ -110,8 +82,8 @@ def _group(group: Group) -> list[str]:
     stamp = ' <span class="stamp">not to be quoted</span>' if group.stage == "screen" else ""
     heads = [_head(column.header, column.meaning, column.header in WORDS) for column in COLUMNS]
     lines = [
-        f"<h2>{_text(group.title)}{stamp}</h2>",
-        f'<p class="dim">{_text(group.metric)} of the last epoch, differences in percentage points</p>',
+        f"<h2>{escaped(group.title)}{stamp}</h2>",
+        f'<p class="dim">{escaped(group.metric)} of the last epoch, differences in percentage points</p>',
         '<div class="wide" tabindex="0"><table class="sortable">',
         f"<thead><tr>{''.join(heads)}</tr></thead>",
         "<tbody>",
@@ -127,18 +99,18 @@ def _group(group: Group) -> list[str]:
         lines.append(f'<tr class="{kinds}">{"".join(cells)}</tr>')
     lines += ["</tbody></table></div>"]
     if group.marks:
-        lines += ['<ul class="marks">', *(f"<li>{_text(mark)}</li>" for mark in group.marks), "</ul>"]
+        lines += ['<ul class="marks">', *(f"<li>{escaped(mark)}</li>" for mark in group.marks), "</ul>"]
     return lines
 
 
 def _head(header: str, meaning: str = "", words: bool = False) -> str:
     kind = ' class="words"' if words else ""
-    return f'<th scope="col"{kind} title="{_text(meaning)}"><button type="button">{_text(header)}</button></th>'
+    return f'<th scope="col"{kind} title="{escaped(meaning)}"><button type="button">{escaped(header)}</button></th>'
 
 
 def _data(text: str, value: object, words: bool = False) -> str:
     kind = ' class="words"' if words else ""
-    return f'<td{kind} data-v="{_text(value)}">{_text(text)}</td>'
+    return f'<td{kind} data-v="{escaped(value)}">{escaped(text)}</td>'
 
 
 def _figures(analysis: Analysis, svgs: Mapping[str, bytes]) -> list[str]:
@@ -147,7 +119,7 @@ def _figures(analysis: Analysis, svgs: Mapping[str, bytes]) -> list[str]:
         kind, stage = name.split("-")[:2]
         words = f"{FIGURES.get(kind, kind)}: {stage}"
         data = base64.b64encode(svg).decode()
-        lines.append(f'<figure><img alt="{_text(words)}" src="data:image/svg+xml;base64,{data}"></figure>')
+        lines.append(f'<figure><img alt="{escaped(words)}" src="data:image/svg+xml;base64,{data}"></figure>')
     return [*lines, "</div>"] if svgs else []
 
 
@@ -181,7 +153,7 @@ def _run(cell: Cell, label: str, links: str) -> str:
         _data(f"{cell.seed}{' (added after looking)' if cell.added else ''}", cell.seed),
         f'<td class="{cell.state}" data-v="{cell.state}">{cell.state}</td>',
         _data("-" if accuracy is None else f"{accuracy:.2f}", "" if accuracy is None else accuracy),
-        f'<td class="words" data-v="{_text(cell.key)}">{links}</td>',
+        f'<td class="words" data-v="{escaped(cell.key)}">{links}</td>',
         _data(cell.error, cell.error, True),
     )
     return f"<tr>{''.join(cells)}</tr>"
@@ -191,7 +163,7 @@ def _links(cell: Cell, folder: Path, at: Path) -> str:
     """Links to those of the cell's files that there are."""
     place = folder / "cells" / cell.key
     found = [(place / file, words) for file, words in LINKS if (place / file).is_file()]
-    return " ".join(f'<a href="{_text(_relative(path, at))}">{words}</a>' for path, words in found) or "-"
+    return " ".join(f'<a href="{escaped(_relative(path, at))}">{words}</a>' for path, words in found) or "-"
 
 
 def _relative(path: Path, at: Path) -> str:
@@ -200,12 +172,13 @@ def _relative(path: Path, at: Path) -> str:
 
 
 def _legend() -> list[str]:
-    lines: Sequence[str] = [f"<dt>{_text(c.header)}</dt><dd>{_text(c.meaning)}</dd>" for c in COLUMNS]
+    lines: Sequence[str] = [f"<dt>{escaped(c.header)}</dt><dd>{escaped(c.meaning)}</dd>" for c in COLUMNS]
     return [
         "<h2>How to read this</h2>",
-        f'<p class="dim">Primary figure: {_text(COVERS["difference"])}. Wider: {_text(COVERS["images"])}. Intervals '
-        "are those of one comparison, not adjusted for having picked the best of several; p is adjusted for the family "
-        "of all variants and controls, and in a second one for all attention variants against the strongest control. "
+        f'<p class="dim">Primary figure: {escaped(COVERS["difference"])}. Wider: {escaped(COVERS["images"])}. '
+        "Intervals are those of one comparison, not adjusted for having picked the best of several; p is adjusted for "
+        "the family of all variants and controls, and in a second one for all attention variants against the strongest "
+        "control. "
         "Distinguishable means that the interval leaves out 0 and p is below 0.05.</p>",
         f"<details><summary>Columns</summary><dl>{''.join(lines)}</dl></details>",
     ]
