@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sagan_attn.ablation.models import Models
-from sagan_attn.ablation.plan import cell_config
+from sagan_attn.ablation.plan import cell_config, with_controls
 from sagan_attn.ablation.spec import Stage
 from sagan_attn.ablation.statistics import detectable_effect
 from sagan_attn.ablation.timing import step_seconds
@@ -55,7 +55,7 @@ def outlook(plan: Mapping[str, Any], stage: Stage, an_image: Mapping[str, float]
         variants = {name: one for name, one in plan["variants"].items() if one["kind"] == "variant"}
         slowest = sorted(variants, key=lambda name: -an_image[name])
         chosen = stage.choose if isinstance(stage.choose, tuple) else slowest[: stage.choose]
-        names, seeds = [name for name in plan["variants"] if name not in variants or name in chosen], len(stage.seeds)
+        names, seeds = with_controls(plan, chosen), len(stage.seeds)
     seconds = 0.0
     for name in names:
         one = plan["variants"][name]

@@ -19,7 +19,7 @@ from sagan_attn.ablation.variants import Variant, make_variants
 from sagan_attn.errors import ConfigError, SaganAttnError
 from sagan_attn.training.resolve import resolve_config
 
-__all__ = ["add_seeds", "add_stage", "cell_config", "chosen_by_name", "freeze", "frozen", "new_plan"]
+__all__ = ["add_seeds", "add_stage", "cell_config", "chosen_by_name", "freeze", "frozen", "new_plan", "with_controls"]
 
 OF_THE_CELL = {
     "enable_progress_bar": False,
@@ -58,6 +58,7 @@ def new_plan(spec: Spec, extra: Settings) -> dict[str, Any]:
             "config": variant.config,
             "epochs_factor": variant.epochs_factor,
             "note": variant.note,
+            "of": list(variant.of),
             **described[variant.name],
         }
     first = spec.stages[0]
@@ -66,14 +67,25 @@ def new_plan(spec: Spec, extra: Settings) -> dict[str, Any]:
 
 
 def chosen_by_name(plan: Mapping[str, Any], spec: Spec) -> list[str]:
-    """The variants that `confirm` names, or all, with every control."""
+    """The variants that `confirm` names, or all, with their controls."""
     names = spec.confirm.choose if isinstance(spec.confirm.choose, tuple) else list(plan["variants"])
     if unknown := [name for name in names if name not in plan["variants"]]:
         raise ConfigError(
             f"{spec.path}: confirm.choose names {', '.join(map(repr, unknown))}; there are "
             + ", ".join(map(repr, plan["variants"]))
         )
-    return [name for name, one in plan["variants"].items() if one["kind"] != "variant" or name in names]
+    return with_controls(plan, names)
+
+
+def with_controls(plan: Mapping[str, Any], names: Collection[str]) -> list[str]:
+    """These variants, the baseline, and every control that stands beside one of them."""
+
+    def wanted(name: str, one: Mapping[str, Any]) -> bool:
+        if one["kind"] == "control":
+            return name in names or not one["of"] or any(other in names for other in one["of"])
+        return one["kind"] == "baseline" or name in names
+
+    return [name for name, one in plan["variants"].items() if wanted(name, one)]
 
 
 def add_stage(plan: dict[str, Any], spec: Spec, stage: Stage, names: Sequence[str]) -> None:

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sagan_attn.ablation.plan import add_stage, chosen_by_name
+from sagan_attn.ablation.plan import add_stage, chosen_by_name, with_controls
 from sagan_attn.ablation.spec import Spec
 from sagan_attn.errors import ConfigError
 
@@ -16,7 +16,7 @@ def cells_of(plan: Mapping[str, Any], stage: str) -> list[dict[str, Any]]:
 
 
 def add_confirm(plan: dict[str, Any], spec: Spec, results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Add the stage `confirm` for the variants that the screen chose and all controls; returns the chosen ones.
+    """Add the stage `confirm` for the variants that the screen chose and their controls; returns the chosen ones.
 
     Chosen are those of the highest mean validation accuracy at the screen's largest budget; one that diverged for any
     seed is not among them. Raises `ConfigError` when the screen is not complete.
@@ -36,6 +36,5 @@ def add_confirm(plan: dict[str, Any], spec: Spec, results: Sequence[Mapping[str,
         chosen = sorted(means, key=lambda name: -means[name])[: spec.confirm.choose]
     else:
         chosen = [name for name in chosen_by_name(plan, spec) if plan["variants"][name]["kind"] == "variant"]
-    names = [name for name, one in plan["variants"].items() if one["kind"] != "variant" or name in chosen]
-    add_stage(plan, spec, spec.confirm, names)
+    add_stage(plan, spec, spec.confirm, with_controls(plan, chosen))
     return chosen

@@ -3,7 +3,7 @@
 import itertools
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from sagan_attn.ablation.controls import BLOCK_CONTROLS, HOST_CONTROLS
@@ -36,6 +36,7 @@ class Variant:
         config: its training config, without seed and epochs.
         epochs_factor: on the epochs of a budget; other than 1 only for the control "longer".
         note: what a reader has to know of it.
+        of: of a control, the names of the variants it stands beside; () for one that stands beside all.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Variant:
     config: dict[str, Any]
     epochs_factor: float = 1.0
     note: str = ""
+    of: tuple[str, ...] = ()
 
 
 @dataclass
@@ -74,20 +76,22 @@ class _Maker:
             if control == "conv":
                 yield from self._convs(settings, group)
             elif control in BLOCK_CONTROLS:
-                yield self._block(control, settings, {})
-            else:
+                yield replace(self._block(control, settings, {}), of=tuple(group))
+            elif control == "none":
                 yield self._host(control, settings, group)
+            else:
+                yield replace(self._host(control, settings, group), of=tuple(group))
 
     def _convs(self, settings: dict[str, Any], group: Mapping[str, Settings]) -> Iterator[Variant]:
         """One for each number of parameters among the variants of a group."""
-        made: list[int] = []
+        made: dict[int, list[str]] = {}
         for name, point in group.items():
             count = self.size(name, point).of_grafts // max(1, self.places(name, point))
-            if any(abs(count - other) <= SAME_SIZE * other for other in made):
-                continue
-            like = {} if not made else {"like": point.get("block", name)}
-            made.append(count)
-            yield self._block("conv", {**settings, **like}, {"parameters": count})
+            same = next((other for other in made if abs(count - other) <= SAME_SIZE * other), count)
+            made.setdefault(same, []).append(name)
+        for count, names in made.items():
+            like = {} if count == next(iter(made)) else {"like": group[names[0]].get("block", names[0])}
+            yield replace(self._block("conv", {**settings, **like}, {"parameters": count}), of=tuple(names))
 
     def _block(self, control: str, settings: dict[str, Any], options: dict[str, Any]) -> Variant:
         name = label(settings)

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from sagan_attn.ablation.models import Models
+from sagan_attn.ablation.plan import new_plan, with_controls
 from sagan_attn.ablation.settings import apply_settings, label
 from sagan_attn.ablation.spec import read_spec
 from sagan_attn.ablation.variants import make_variants
@@ -180,3 +181,20 @@ def test_variants_and_controls(spec: Any):
         "options": {"parameters": 2 * (128 * 16 + 16) + 128 * 128 + 128 + 1},
     }
     assert found["deeper, lr 0.2"].config["model"]["host"]["options"] == {"extra": 1}
+
+
+def test_controls_go_on_with_what_they_stand_beside(spec: Any):
+    read = read_spec(
+        spec(
+            axes={"block": ["sagan", "nonlocal"], "site": ["local", "local.norm"]},
+            controls=["conv", "context-max", "longer"],
+            screen={"seeds": 1, "epochs": [1]},
+            confirm={"seeds": 12, "epochs": [1], "choose": ["nonlocal at local"]},
+        )
+    )
+    plan = new_plan(read, {"data.init_args.n_train": 64})
+    assert with_controls(plan, ["nonlocal at local"]) == [
+        *("none", "conv at local, like nonlocal", "context-max at local", "longer"),
+        "nonlocal at local",
+    ]
+    assert len(with_controls(plan, [name for name, one in plan["variants"].items() if one["kind"] == "variant"])) == 12
