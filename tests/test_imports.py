@@ -12,10 +12,11 @@ import sagan_attn
 ROOT = Path(sagan_attn.__file__).parent
 LAYERS = {
     "errors": set(),
+    "files": set(),
     "functional": {"errors", "kernels"},  # kernels through one lazy door
     "kernels": {"errors", "functional"},
     "blocks": {"errors", "functional", "kernels"},
-    "surgery": {"errors", "functional", "kernels", "blocks"},
+    "surgery": {"errors", "files", "functional", "kernels", "blocks"},
 }
 LAYERS["viz"] = LAYERS["bench"] = {*LAYERS["surgery"], "surgery"}
 LAYERS["training"] = {*LAYERS["viz"], "viz", "bench"}

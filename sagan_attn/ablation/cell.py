@@ -26,8 +26,8 @@ from sagan_attn.ablation.plan import cell_config
 from sagan_attn.ablation.provenance import code_digest
 from sagan_attn.ablation.store import BUSY, DONE, FAILED, FORMAT, Store, read_plan
 from sagan_attn.errors import ConfigError, SaganAttnError
+from sagan_attn.files import write_whole
 from sagan_attn.surgery import grafts_of
-from sagan_attn.surgery.graft_file import write_whole
 from sagan_attn.training.callbacks import environment
 from sagan_attn.training.cli import SaganCLI, quieten
 

@@ -29,7 +29,7 @@ import numpy as np
 import yaml
 
 from sagan_attn.errors import ConfigError
-from sagan_attn.surgery.graft_file import write_whole
+from sagan_attn.files import write_whole
 
 __all__ = ["BUSY", "DONE", "FAILED", "FORMAT", "Store", "read_logits", "read_plan", "read_results", "valid_results"]
 

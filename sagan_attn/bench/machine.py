@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sagan_attn.errors import ConfigError
+from sagan_attn.files import write_whole
 
 __all__ = ["check_writable", "get_device", "machine", "save", "summary"]
 
@@ -54,4 +55,4 @@ def check_writable(path: Path | None) -> None:
 def save(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file of the content, with the machine first."""
     text = json.dumps({"machine": machine(), **content}, indent=1)
-    path.write_text(text + "\n", encoding="utf-8")
+    write_whole(path, (text + "\n").encode())

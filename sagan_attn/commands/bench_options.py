@@ -105,7 +105,9 @@ class Files:
 
     def draw(self, figure: "Callable[[], Figure]") -> None:
         if self.plot is not None:
-            figure().savefig(self.plot, dpi=150)
+            from sagan_attn.viz.draw import save_figure
+
+            save_figure(figure(), self.plot)
 
 
 def note(text: str) -> None:

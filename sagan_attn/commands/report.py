@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     from sagan_attn.ablation.report.flat import summary_records
     from sagan_attn.ablation.report.tables import csv_text, parquet_bytes, print_report
     from sagan_attn.ablation.store import read_logits, read_plan, read_results
-    from sagan_attn.surgery.graft_file import write_whole
+    from sagan_attn.files import write_whole
 
     folder: Path = arguments.folder
     if not folder.is_dir():

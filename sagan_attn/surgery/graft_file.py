@@ -9,7 +9,6 @@ in it is run, imported or unpickled.
 import hashlib
 import json
 import os
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 from sagan_attn.errors import GraftError
 from sagan_attn.surgery.point import CHILD
 
-__all__ = ["Entry", "pack", "read_grafts", "write_whole"]
+__all__ = ["Entry", "pack", "read_grafts"]
 
 FORMAT = 1
 KEY = "sagan_attn.grafts"  # of the metadata; what tells this file from any other safetensors file
@@ -78,22 +77,6 @@ def pack(entries: Sequence[Entry], tensors: Mapping[str, Tensor]) -> bytes:
     except (KeyError, ValueError) as error:
         dtypes = ", ".join(sorted({str(tensor.dtype) for tensor in tensors.values()}))
         raise GraftError(f"a tensor of these grafts ({dtypes}) has no form in a safetensors file: {error}") from error
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file as a whole: the old one or the new one is there, never half of one, and nothing beside it.
-
-    Raises `OSError`.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    try:
-        with beside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def read_grafts(path: Path) -> tuple[list[Entry], dict[str, Tensor]]:

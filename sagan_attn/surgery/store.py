@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from sagan_attn.errors import GraftError
+from sagan_attn.files import write_whole
 from sagan_attn.surgery.build import BlockLike, build_block, check_block
 from sagan_attn.surgery.graft import carry_out, grafts_of
-from sagan_attn.surgery.graft_file import Entry, pack, read_grafts, write_whole
+from sagan_attn.surgery.graft_file import Entry, pack, read_grafts
 from sagan_attn.surgery.grafts import Graft, Grafts
 from sagan_attn.surgery.plan import Insertion, Request, check_name, insertion, locate
 from sagan_attn.surgery.point import CHILD, GraftPoint

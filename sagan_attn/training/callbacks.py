@@ -13,9 +13,10 @@ from typing import Any
 import lightning as L
 import pandas as pd
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from sagan_attn import __version__
+from sagan_attn.files import write_whole
 from sagan_attn.training.run import RunPaths, write_json, write_text
 
 __all__ = ["RunFolder"]
@@ -61,9 +62,7 @@ class RunFolder(L.Callback):
         logits, labels = torch.cat([logits for logits, _ in outputs]), torch.cat([labels for _, labels in outputs])
         metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("test/")}
         self.paths.folder.mkdir(parents=True, exist_ok=True)
-        beside = self.paths.test_logits.with_suffix(".part")
-        save_file({"logits": logits.contiguous(), "labels": labels}, beside)
-        beside.replace(self.paths.test_logits)
+        write_whole(self.paths.test_logits, save({"logits": logits.contiguous(), "labels": labels}))
         write_json(self.paths.test_metrics, metrics | {"images": len(labels)})
         print(f"test metrics and logits: {self.paths.test_metrics}, {self.paths.test_logits}")
 

@@ -1,6 +1,5 @@
 """Checkpoints: which are kept, that they are written whole, and what a run may be continued with."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from sagan_attn.errors import ConfigError
+from sagan_attn.files import whole_file
 from sagan_attn.training.run import RunPaths
 
 __all__ = ["WholeFileIO", "check_resume", "checkpoint_callbacks"]
@@ -30,15 +30,8 @@ class WholeFileIO(TorchCheckpointIO):
     """Writes a checkpoint beside its target, flushes it and renames it: the old file or the new one is there."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        target = Path(path)
-        beside = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
+        with whole_file(path) as beside:
             super().save_checkpoint(checkpoint, beside, storage_options)
-            with beside.open("rb") as file:
-                os.fsync(file.fileno())
-            beside.replace(target)
-        finally:
-            beside.unlink(missing_ok=True)
 
 
 def checkpoint_callbacks(paths: RunPaths) -> list[ModelCheckpoint]:

@@ -15,6 +15,7 @@ from sagan_attn.training.cli import SaganCLI
 from sagan_attn.training.data import LookupData
 from sagan_attn.training.run import RunPaths, load_run, write_json
 from sagan_attn.viz import attention_at, attention_overlay
+from sagan_attn.viz.draw import save_figure
 
 __all__ = ["default_run"]
 
@@ -109,5 +110,5 @@ def _draw(folder: Path, picture: Path, count: int = 500, shown: int = 4) -> torc
         titles=[f"label {label}, predicted {run.classes[int(p)]}" for label, p in zip(split.labels, predicted)],  # noqa: B905
         title="Where the marker looks: test images, attention of the cell with the cross",
     )
-    figure.savefig(picture, dpi=150)
+    save_figure(figure, picture)
     return shares

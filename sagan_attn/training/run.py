@@ -23,7 +23,7 @@ import yaml
 from torch import nn
 
 from sagan_attn.errors import CheckpointError
-from sagan_attn.surgery.graft_file import write_whole
+from sagan_attn.files import write_whole
 from sagan_attn.training.data import Preprocess
 from sagan_attn.training.hosts import HostConfig
 from sagan_attn.training.module import check_fit

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from sagan_attn.errors import GraftError
-from sagan_attn.surgery.graft_file import write_whole
+from sagan_attn.files import write_whole
 from sagan_attn.viz.cells import Cells
 
 if TYPE_CHECKING:

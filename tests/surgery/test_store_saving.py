@@ -8,9 +8,8 @@ import torch
 from stored import HOST, Shift, grafted
 from torch import nn
 
-from sagan_attn import SelfAttention2d
+from sagan_attn import SelfAttention2d, files
 from sagan_attn.errors import GraftError
-from sagan_attn.surgery import graft_file
 from sagan_attn.surgery.heads import prune_heads
 from sagan_attn.surgery.store import save_grafts
 
@@ -94,7 +93,7 @@ def test_a_failed_write_leaves_the_old_file(what: str, saved: Path, monkeypatch:
     def fail(*_: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(graft_file.os, what, fail)
+    monkeypatch.setattr(files.os, what, fail)
     with pytest.raises(GraftError, match=r"cannot be written to .*attn.safetensors': disk full"):
         save_grafts(grafted("top"), saved)
     monkeypatch.undo()
@@ -108,7 +107,7 @@ def test_an_interrupted_write_leaves_the_old_file(saved: Path, monkeypatch: pyte
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(graft_file.os, "replace", interrupt)
+    monkeypatch.setattr(files.os, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save_grafts(grafted("top"), saved)
     assert saved.read_bytes() == before

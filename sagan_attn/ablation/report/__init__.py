@@ -6,7 +6,7 @@ from sagan_attn.ablation.analysis import Analysis
 from sagan_attn.ablation.report.flat import run_records, summary_records
 from sagan_attn.ablation.report.paper import paper_files
 from sagan_attn.ablation.report.tables import csv_text
-from sagan_attn.surgery.graft_file import write_whole
+from sagan_attn.files import write_whole
 
 __all__ = ["write_report"]
 
