@@ -1,71 +1,108 @@
 """Files written as a whole: the old one or the new one is there, never half of one, and nothing beside it."""
 
+import errno
+import io
 import os
-import socket
-import threading
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["remove_leftovers", "whole_file", "write_whole"]
+try:
+    import fcntl
+except ImportError:  # Windows: no locks, so what a killed process left stays
+    fcntl = None
 
-PART = ".part"
+__all__ = ["remove_leftovers", "write_whole"]
+
+PART = ".sagan_attn.part"
+
+
+def write_whole(path: str | Path, data: bytes | memoryview) -> None:
+    """Write a file as a whole: beside its target, flushed to the disk, then renamed to it.
+
+    On any failure `path` is as it was, and nothing stays beside it; what a killed process left there is removed by the
+    next write into the folder. A file that is there keeps its permissions, and a write-protected one is not replaced. A
+    symbolic link is replaced and never followed, so that a folder from elsewhere cannot point a write out of itself.
+
+    Raises:
+        OSError: a full disk, no permission, no folder, a target that is no plain file; it names `path`.
+    """
+    path, left = Path(path), memoryview(data).cast("B")
+    try:
+        mode = _mode(path)
+        remove_leftovers(path.parent)
+        with _beside(path.parent) as (beside, file):
+            if mode is not None:
+                os.chmod(beside, mode)
+            while left:
+                left = left[file.write(left) :]
+            os.fsync(file.fileno())
+            if fcntl is None:
+                file.close()  # Windows renames no open file
+            os.replace(beside, path)
+        _flush_folder(path.parent)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # of the class that belongs to the number
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove what killed processes were writing in a folder: the files beside others that nobody has locked.
+
+    Machines that share the folder are safe from each other where its file system carries locks between them.
+    """
+    if fcntl is None:
+        return
+    for left in Path(folder).glob(f".*{PART}"):
+        with suppress(OSError):  # being written, another user's, gone already
+            handle = os.open(left, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
+            finally:
+                os.close(handle)
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
-    """Gives a path beside `path` to write to; afterwards the file is flushed to the disk and renamed to `path`.
+def _beside(folder: Path) -> Iterator[tuple[Path, io.FileIO]]:
+    """A new file that is locked while it is written, which the death of the process ends; removed unless renamed."""
+    while True:
+        path = folder / f".{os.urandom(8).hex()}{PART}"
+        with path.open("xb", buffering=0) as file:
+            try:
+                if fcntl is not None:
+                    with suppress(OSError):  # a file system without locks, where nobody can remove it either
+                        fcntl.flock(file, fcntl.LOCK_EX)
+                if path.exists():  # not taken for a leftover before it was locked
+                    yield path, file
+                    return
+            finally:
+                with suppress(OSError):
+                    file.close()
+                    path.unlink(missing_ok=True)
 
-    With an exception `path` is as it was, and what was written is removed. So is what processes of this machine that
-    were killed while they wrote `path` have left. Raises `OSError`.
+
+def _mode(path: Path) -> int | None:
+    """Permissions of the file that will be replaced; None where the process's own for new files count.
+
+    Raises `OSError` for what is no plain file, or must not be written.
     """
-    path = Path(path)
-    remove_leftovers(path.parent, path.name)
-    beside = path.with_name(f".{path.name}.{_host()}.{os.getpid()}.{threading.get_ident()}{PART}")
     try:
-        yield beside
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-        _flush_folder(path.parent)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def write_whole(path: str | Path, data: bytes) -> None:
-    """Write a file as a whole. Raises `OSError`."""
-    with whole_file(path) as beside:
-        beside.write_bytes(data)
-
-
-def remove_leftovers(folder: Path, name: str = "*") -> None:
-    """Remove what processes that were killed while they wrote files of this name have left in a folder.
-
-    Processes of other machines, which a shared folder may have, are not known to be dead: their files stay.
-    """
-    for left in folder.glob(f".{name if name == '*' else _escaped(name)}.{_escaped(_host())}.*{PART}"):
-        process = left.name.removesuffix(PART).split(".")[-2]
-        if process.isdecimal() and not _alive(int(process)):
-            with suppress(OSError):
-                left.unlink()
-
-
-def _host() -> str:
-    return socket.gethostname().replace("/", "-").replace(".", "-")
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        return True
-    return True
+        there = path.stat()
+    except FileNotFoundError:
+        return None
+    except ValueError as error:  # a name that no file can have
+        raise OSError(errno.EINVAL, str(error)) from error
+    if stat.S_ISDIR(there.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(there.st_mode):  # /dev/null, which root could replace
+        raise OSError(errno.EINVAL, "Not a plain file")
+    if path.is_symlink():
+        return None
+    os.close(os.open(path, os.O_WRONLY))
+    return stat.S_IMODE(there.st_mode) & 0o777
 
 
 def _flush_folder(folder: Path) -> None:

@@ -50,6 +50,10 @@ class RunFolder(L.Callback):
         write_json(self.paths.classes, data.classes)
         write_json(self.paths.transform, data.preprocess.to_dict())
 
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            write_json(self.paths.finished, {"epochs": trainer.current_epoch, "steps": trainer.global_step})
+
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         unfinished = trainer.state.fn == "fit" and trainer.current_epoch == 0 and not self.resumed
         if unfinished and trainer.is_global_zero and not any(self.paths.checkpoints.glob("*.ckpt")):

@@ -1,17 +1,19 @@
 """Checkpoints: which are kept, that they are written whole, and what a run may be continued with."""
 
+import io
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from sagan_attn.errors import ConfigError
-from sagan_attn.files import whole_file
-from sagan_attn.training.run import RunPaths
+from sagan_attn.errors import CheckpointError, ConfigError
+from sagan_attn.files import write_whole
+from sagan_attn.training.run import RunPaths, read_checkpoint
 
-__all__ = ["WholeFileIO", "check_resume", "checkpoint_callbacks"]
+__all__ = ["WholeFileIO", "check_averaging", "check_resume", "checkpoint_callbacks", "newest_checkpoint"]
 
 # What may differ between a run and its continuation: none of it decides what is computed.
 FREE = ("model.compile", "model.compile_mode", "data.init_args.num_workers", "data.init_args.cache_bytes")
@@ -27,11 +29,19 @@ KEPT_TRAINER = (
 
 
 class WholeFileIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its target, flushes it and renames it: the old file or the new one is there."""
+    """Writes a checkpoint as a whole file.
+
+    Lightning's own way goes through the folder for temporary files, which may be on another disk, and is silent about a
+    lack of permission.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        with whole_file(path) as beside:
-            super().save_checkpoint(checkpoint, beside, storage_options)
+        if storage_options is not None:
+            raise TypeError(f"storage_options ({storage_options!r}) must be None: checkpoints are local files")
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, buffer.getbuffer())
 
 
 def checkpoint_callbacks(paths: RunPaths) -> list[ModelCheckpoint]:
@@ -41,11 +51,35 @@ def checkpoint_callbacks(paths: RunPaths) -> list[ModelCheckpoint]:
     return [best, last]
 
 
-def check_resume(config: dict[str, Any], paths: RunPaths, checkpoint: dict[str, Any]) -> None:
+def newest_checkpoint(paths: RunPaths) -> Path | None:
+    """The checkpoint of a run that goes furthest; None if it has none. Those that cannot be read are named.
+
+    One that was written between an epoch's last batch and its end is left out: that epoch would never be validated.
+    """
+    found = []
+    for path in paths.checkpoints.glob("*.ckpt"):
+        try:
+            content = read_checkpoint(path)
+            epochs, batches = _progress(content)
+        except (CheckpointError, KeyError, TypeError) as error:
+            print(f"passed over: {error}")
+            continue
+        if not (batches["is_last_batch"] and epochs["current"]["processed"] < epochs["current"]["ready"]):
+            found.append((epochs["current"]["completed"], content["global_step"], path.stat().st_mtime_ns, path))
+    return max(found)[-1] if found else None
+
+
+def _progress(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Lightning's counts of epochs and of the batches of the one under way."""
+    loop = content["loops"]["fit_loop"]
+    return loop["epoch_progress"], loop["epoch_loop.batch_progress"]
+
+
+def check_resume(config: dict[str, Any], paths: RunPaths) -> None:
     """Refuse to go on with a run under another config: most of it would be ignored in favour of the checkpoint's.
 
     Raises:
-        ConfigError: the differences, by name; or averaged weights without the callback that made them.
+        ConfigError: the differences, by name; or a folder without a run.
     """
     if not paths.config.is_file():
         raise ConfigError(f"{paths.folder} holds no run to go on with: {paths.config.name} is missing")
@@ -62,8 +96,12 @@ def check_resume(config: dict[str, Any], paths: RunPaths, checkpoint: dict[str, 
             f"the run in {paths.folder} was made with another config ({'; '.join(changed[:5])}): go on with the same, "
             "or start a new run"
         )
+
+
+def check_averaging(config: dict[str, Any], checkpoint: dict[str, Any]) -> None:
+    """Raise `ConfigError` for averaged weights without the callback that made them, which would start from them."""
     averaged = "averaging_state" in checkpoint
-    if averaged and not any("WeightAveraging" in str(value) for value in now.values()):
+    if averaged and not any("WeightAveraging" in str(value) for value in _flat(config).values()):
         raise ConfigError("the checkpoint holds averaged weights: go on with the same averaging callback")
 
 

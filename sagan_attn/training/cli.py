@@ -9,11 +9,12 @@ import warnings
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
 import yaml
+from jsonargparse.typing import PositiveFloat
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -23,14 +24,22 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from sagan_attn.errors import ConfigError, SaganAttnError
 from sagan_attn.training.allocator import keep_freed_memory
 from sagan_attn.training.callbacks import RunFolder
-from sagan_attn.training.checkpoints import WholeFileIO, check_resume, checkpoint_callbacks
+from sagan_attn.training.checkpoints import (
+    WholeFileIO,
+    check_averaging,
+    check_resume,
+    checkpoint_callbacks,
+    newest_checkpoint,
+)
 from sagan_attn.training.data import ImageData
 from sagan_attn.training.hosts import host_preprocess
 from sagan_attn.training.logger import EpochCSV
 from sagan_attn.training.module import ClassifierModule
 from sagan_attn.training.profiler import NoProfiler
 from sagan_attn.training.progress import SecondBar
+from sagan_attn.training.random_state import RandomState
 from sagan_attn.training.run import RunPaths, read_checkpoint
+from sagan_attn.training.stopping import KeepGoing, StoppedBySignalError
 
 __all__ = ["SaganCLI", "best_precision", "main", "quieten"]
 
@@ -48,6 +57,7 @@ class SaganCLI(LightningCLI):
     """
 
     folder: RunFolder
+    complete = False  # the run that was to go on
 
     def __init__(self, args: Sequence[str] | None = None) -> None:
         super().__init__(
@@ -67,6 +77,15 @@ class SaganCLI(LightningCLI):
             type=str | None,
             default=None,
             help="folder of the run; fit makes runs/<host>-<time> by default",
+        )
+        parser.add_argument(
+            "--resume",
+            type=Literal["auto"] | None,
+            default=None,
+            help="auto: go on with the run in run_dir from its newest whole checkpoint, or begin it",
+        )
+        parser.add_argument(
+            "--checkpoint_minutes", type=PositiveFloat, default=10.0, help="time between checkpoints in mid-epoch"
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -94,30 +113,49 @@ class SaganCLI(LightningCLI):
             options.trainer.precision = best_precision(str(options.trainer.accelerator))
         paths = RunPaths(self._run_dir())
         options.run_dir = str(paths.folder)
-        checkpoint = options.get("ckpt_path")
-        if checkpoint in ("best", "last"):
-            checkpoint = paths.checkpoint(checkpoint)
-        if command != "fit" and not checkpoint:
-            checkpoint = paths.checkpoint("best")
-            if not checkpoint.is_file() and paths.checkpoint("last").is_file():
-                checkpoint = paths.checkpoint("last")
-                print(f"{paths.folder} was not validated and has no best checkpoint: taking the last one")
-        if checkpoint:
+        if checkpoint := self._newest(paths) if options.resume else self._given(paths):
             options.ckpt_path = str(checkpoint)
             content = read_checkpoint(checkpoint)
-            if paths.config.is_file() and Path(checkpoint).resolve().parent != paths.checkpoints:
+            if paths.config.is_file() and checkpoint.resolve().parent != paths.checkpoints:
                 raise ConfigError(
                     f"checkpoint {checkpoint} is not of the run in {paths.folder}: choose another run_dir"
                 )
             if command == "fit":
-                check_resume(self._saved_config(), paths, content)
-        elif paths.folder.exists() and any(paths.folder.iterdir()):
-            raise ConfigError(
-                f"run_dir {paths.folder} already holds a run or other files: choose another one, or go on with its run "
-                "with --ckpt_path last"
-            )
+                check_resume(self._saved_config(), paths)
+                check_averaging(self._saved_config(), content)
         if command in ("test", "predict") and options.trainer.devices not in (1, "1"):
             options.trainer.devices, options.trainer.strategy = 1, "auto"  # several would see some images twice
+
+    def _given(self, paths: RunPaths) -> Path | None:
+        """The checkpoint that was asked for, or the one that is taken for anything but a fit."""
+        options, command = self.options, self.config["subcommand"]
+        checkpoint = options.get("ckpt_path")
+        if checkpoint in ("best", "last"):
+            return paths.checkpoint(checkpoint)
+        if command != "fit" and not checkpoint:
+            if not paths.checkpoint("best").is_file() and paths.checkpoint("last").is_file():
+                print(f"{paths.folder} was not validated and has no best checkpoint: taking the last one")
+                return paths.checkpoint("last")
+            return paths.checkpoint("best")
+        if not checkpoint and paths.folder.exists() and any(paths.folder.iterdir()):
+            raise ConfigError(
+                f"run_dir {paths.folder} already holds a run or other files: choose another one, or go on with its run "
+                "with --resume auto"
+            )
+        return Path(checkpoint) if checkpoint else None
+
+    def _newest(self, paths: RunPaths) -> Path | None:
+        """The checkpoint that the run in a folder goes on from; None where there is nothing to go on from yet."""
+        if self.config["subcommand"] != "fit" or self.options.get("ckpt_path"):
+            raise ConfigError("--resume auto finds the checkpoint of a fit by itself: leave one of the two out")
+        if foreign := paths.foreign():
+            raise ConfigError(
+                f"run_dir {paths.folder} holds files that are not of a run ({', '.join(foreign[:3])}): choose another"
+            )
+        if paths.config.is_file():
+            check_resume(self._saved_config(), paths)
+        self.complete = paths.finished.is_file()
+        return newest_checkpoint(paths)
 
     def instantiate_classes(self) -> None:
         try:
@@ -131,6 +169,8 @@ class SaganCLI(LightningCLI):
     def _run_dir(self) -> Path:
         """The run folder: as given, or that of the checkpoint, or for a fit a new one."""
         options, checkpoint = self.options, self.options.get("ckpt_path")
+        if options.resume and not options.run_dir:
+            raise ConfigError("--resume auto needs --run_dir <folder>, whose run goes on")
         if options.run_dir:
             folder = Path(options.run_dir)
         elif checkpoint and Path(checkpoint).resolve().parent.name == "checkpoints":
@@ -167,7 +207,9 @@ class SaganCLI(LightningCLI):
         trainer = self.config_init[self.config["subcommand"]].trainer
         callbacks = [*_listed(trainer.callbacks), self.folder]
         if trainer.enable_checkpointing is not False and not trainer.fast_dev_run:
-            callbacks += checkpoint_callbacks(paths)
+            callbacks += [RandomState(), *checkpoint_callbacks(paths)]
+            if fitting:
+                callbacks.append(KeepGoing(paths, self.options.checkpoint_minutes))
             kwargs["plugins"] = [*_listed(trainer.plugins), WholeFileIO()]
         if trainer.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(SecondBar())
@@ -185,6 +227,9 @@ class SaganCLI(LightningCLI):
 
     def fit(self, **arguments: Any) -> None:
         """`Trainer.fit`, then say where things are."""
+        if self.complete:
+            print(f"the run in {self.folder.paths.folder} is complete")
+            return
         started = time.perf_counter()
         self.trainer.fit(**arguments)
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -220,6 +265,7 @@ def quieten() -> None:
         ".*many workers.*",
         "Checkpoint directory .* not empty",
         r"`ModelCheckpoint\(monitor='val/accuracy'\)` could not find",  # a run without validation has no best
+        "You're using the WeightAveraging callback with a model that overrides",  # it is of one device
         "The default weight initialization of GoogleNet",
     ):
         warnings.filterwarnings("ignore", message=message)
@@ -254,9 +300,20 @@ def main(arguments: Sequence[str] | None = None, *, default_config: Path | None 
             default_run(default_config)
         else:
             SaganCLI(arguments)
+    except StoppedBySignalError as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.code
     except SIGTERMException:  # a SystemExit without a code, with which the process would end as if it had finished
         return 128 + signal.SIGTERM
-    except (SaganAttnError, MisconfigurationException) as error:
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except SystemExit as ended:
+        if isinstance(ended.__context__, KeyboardInterrupt):  # for which Lightning ends the process with 1
+            print("interrupted", file=sys.stderr)
+            return 128 + signal.SIGINT
+        raise
+    except (SaganAttnError, MisconfigurationException, OSError) as error:  # OSError: a full disk, no permission
         print(f"error: {_message(error)}", file=sys.stderr)
         return 1
     return 0

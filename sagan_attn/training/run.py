@@ -7,7 +7,8 @@ transform.json             how an image becomes the model's input
 metrics.csv                one row an epoch
 tensorboard/               the same for TensorBoard
 checkpoints/best.ckpt      of the epoch with the best validation accuracy
-checkpoints/last.ckpt      of the last epoch
+checkpoints/last.ckpt      of the last epoch, or where a signal stopped the run
+finished.json              when the fit was complete
 test_metrics.json          accuracy and loss on the test split, after `test`
 test_logits.safetensors    logits [N, classes] float32 and labels [N] of the test split, in its order
 predictions.csv            after `predict`
@@ -23,7 +24,7 @@ import yaml
 from torch import nn
 
 from sagan_attn.errors import CheckpointError
-from sagan_attn.files import write_whole
+from sagan_attn.files import PART, write_whole
 from sagan_attn.training.data import Preprocess
 from sagan_attn.training.hosts import HostConfig
 from sagan_attn.training.module import check_fit
@@ -44,9 +45,16 @@ class RunPaths:
         self.metrics = self.folder / "metrics.csv"
         self.tensorboard = self.folder / "tensorboard"
         self.checkpoints = self.folder / "checkpoints"
+        self.finished = self.folder / "finished.json"
         self.test_metrics = self.folder / "test_metrics.json"
         self.test_logits = self.folder / "test_logits.safetensors"
         self.predictions = self.folder / "predictions.csv"
+
+    def foreign(self) -> list[str]:
+        """Names of what is in the folder and not of a run."""
+        own = {path.name for path in vars(self).values()} - {self.folder.name}
+        found = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
+        return sorted(name for name in found if name not in own and not name.endswith(PART))
 
     def checkpoint(self, which: str) -> Path:
         """Path of the checkpoint "best" or "last"."""
