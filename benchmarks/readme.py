@@ -22,7 +22,7 @@ def read(name: str) -> dict[str, Any] | None:
 
 def measured() -> str:
     """What goes between the marks."""
-    return "\n".join([*_block(), *_scaling(), *_steps(), *_others()])
+    return "\n".join([*_ablations(), *_block(), *_scaling(), *_steps(), *_others()])
 
 
 def _where(content: dict[str, Any]) -> str:
@@ -39,6 +39,25 @@ def _ms(summary: dict[str, float]) -> str:
 
 def _spread(summary: dict[str, float]) -> str:
     return f"{_ms(summary)} [{summary['min']:,.0f} to {summary['max']:,.0f}]"
+
+
+def _ablations() -> Iterator[str]:
+    """The verdicts of the longest budget, and the figures of each variant."""
+    for path in sorted((HERE / "ablations").glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        group = [group for group in content["groups"] if group["stage"] == "confirm"][-1]
+        yield f"Ablation `{content['name']}`, {group['title']} ([`RESULTS.md`](RESULTS.md) has every figure):"
+        yield ""
+        yield group["verdict"]
+        yield ""
+        headers = ("variant", "accuracy %", "difference, points", "p", "over strongest control", "parameters")
+        yield "| " + " | ".join(headers) + " |"
+        yield "|" + "---|" * len(headers)
+        for row in group["rows"]:
+            yield "| " + " | ".join(row[header] for header in headers) + " |"
+        yield ""
+        yield from content["status"]
+        yield ""
 
 
 def _block() -> Iterator[str]:

@@ -182,11 +182,19 @@ def test_figures(written: Path, bad: Analysis):
     assert first["png"].startswith(b"\x89PNG")
 
 
+def test_one_epoch_is_drawn_as_bars():
+    fake = make(seeds=2, stages={"confirm": (1,)})
+    (axes,) = draw(of(fake))["curves-confirm"].axes
+    assert list(axes.get_xticks()) == [1]
+    assert len(axes.containers) == len({result["variant"] for result in fake.results})
+    assert len({float(bars[0].get_xdata()[0]) for bars in axes.containers}) == len(axes.containers)
+
+
 def test_many_variants_are_not_all_drawn_as_curves():
     fake = make({"none": 0.0, **{f"v{place}": 0.001 * place for place in range(12)}}, controls=("v0",), seeds=2)
     figures = draw(of(fake))
-    assert "5 variants not drawn" in figures["curves-confirm"].get_suptitle()
     (axes,) = figures["curves-confirm"].axes
+    assert "5 variants not drawn" in axes.get_title(loc="left")
     assert len(axes.lines) == 8
     legend = [text.get_text() for text in figures["curves-confirm"].legends[0].get_texts()]
     assert legend[:2] == ["none", "v0"]

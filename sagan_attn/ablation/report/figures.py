@@ -174,11 +174,9 @@ def _lines(groups: Sequence[Group], styles: Mapping[str, Style], key: str, unit:
 
     figure, panels = _panels(len(groups), 2.9)
     handles: dict[str, Any] = {}
-    left_out = 0
     for axes, group in zip(panels, groups, strict=True):
         rows, more = _chosen(group, key)
-        left_out += more
-        for row in rows:
+        for place, row in enumerate(rows):
             style = styles[row.variant.name]
             for index, name in enumerate(_names(row, key)):
                 epochs, means, sds = _over_seeds(row, name, factor)
@@ -191,19 +189,27 @@ def _lines(groups: Sequence[Group], styles: Mapping[str, Style], key: str, unit:
                     marker=style.marker,
                     markersize=3 if len(epochs) <= 40 else 0,
                 )
-                axes.fill_between(epochs, means - sds, means + sds, color=style.colour, alpha=0.15, linewidth=0)
+                if len(epochs) == 1:  # nothing to fill: bars side by side
+                    beside = epochs + 0.05 * (place - (len(rows) - 1) / 2)
+                    handle.set_xdata(beside)
+                    axes.errorbar(beside, means, sds, color=style.colour, linewidth=1, capsize=2)
+                else:
+                    axes.fill_between(epochs, means - sds, means + sds, color=style.colour, alpha=0.15, linewidth=0)
                 handles.setdefault(_label(row), handle)
-        axes.set_title(group.title, fontsize=9, loc="left")
+        note = f"; {more} variants not drawn" if more else ""
+        axes.set_title(f"{group.title}{note}", fontsize=9, loc="left")
         axes.set_xlabel("epochs trained")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if group.budget == 1:
+            axes.set_xlim(0.5, 1.5)
+            axes.set_xticks([1])
         axes.grid(visible=True, linewidth=0.3)
         if key.endswith("/"):
             axes.axhline(0, color="#666666", linewidth=0.8)
     for axes in panels[::2]:
         axes.set_ylabel(unit)
     _legend(figure, handles)
-    note = f"; {left_out} variants not drawn" if left_out else ""
-    figure.suptitle(f"{_stage_words(groups[0].stage)}: {unit.split(' (')[0]}, mean ± sd over seeds{note}", fontsize=11)
+    figure.suptitle(f"{_stage_words(groups[0].stage)}: {unit.split(' (')[0]}, mean ± sd over seeds", fontsize=11)
     return figure
 
 
