@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/survive_training.py [--kills 200]
 
-Each run is killed (kill -9) and started again by the same command until it is complete. After each kill every checkpoint
-must load and metrics.csv must be whole; at the end weights, optimizer and metrics must be those of a run that was never
-stopped, to the bit. Writes survive_training.json beside this file and ends with 1 unless all of that held.
+Each run is killed (kill -9) and started again by the same command until it is complete. After each kill every
+checkpoint must load and metrics.csv must be whole; at the end weights, optimizer and metrics must be those of a run
+that was never stopped, to the bit. Writes survive_training.json beside this file and ends with 1 unless all that held.
 """
 
 import argparse

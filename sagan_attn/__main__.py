@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from sagan_attn.errors import ConfigError, SaganAttnError
+from sagan_attn.errors import ConfigError, SaganAttnError, one_line
 
 __all__ = ["COMMANDS", "main"]
 
@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit code: 0, or 2 with one line on stderr for what is refused.
+    """Run the command line. Returns the exit code: 0, or with one line on stderr 2 for what is refused, 1 for failures.
 
     `--help` raises `SystemExit(0)`.
     """
@@ -50,11 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except SaganAttnError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 128 + signal.SIGPIPE
+    except OSError as error:  # a full disk, no permission
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

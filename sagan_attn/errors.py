@@ -1,6 +1,16 @@
 """The library's own errors. Every message names what was asked, what was found and what to do."""
 
-__all__ = ["BlockError", "CheckpointError", "ConfigError", "DataError", "GraftError", "SaganAttnError"]
+__all__ = [
+    "BlockError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "GraftError",
+    "NonFiniteError",
+    "SaganAttnError",
+    "first_line",
+    "one_line",
+]
 
 
 class SaganAttnError(Exception):
@@ -25,3 +35,17 @@ class ConfigError(SaganAttnError, ValueError):
 
 class CheckpointError(SaganAttnError):
     """A checkpoint or run folder is missing, foreign or does not fit the model."""
+
+
+class NonFiniteError(SaganAttnError):
+    """A run met a NaN or an infinite number in its images, its loss, its gradients or its weights."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of another library says first, or its class where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def one_line(text: object) -> str:
+    """Words for a terminal, on one line: what it would obey, such as an escape in a file's name, becomes a `?`."""
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(text).split()))

@@ -7,14 +7,16 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from unicodedata import category
 
 try:
     import fcntl
 except ImportError:  # Windows: no locks, so what a killed process left stays
     fcntl = None
 
-__all__ = ["remove_leftovers", "write_whole"]
+__all__ = ["no_formula", "read_text", "remove_leftovers", "write_whole"]
 
+FORMULA = tuple("=+-@\uff1d\uff0b\uff0d\uff20")  # what a spreadsheet takes for the start of one, wide forms too
 PART = ".sagan_attn.part"
 
 
@@ -46,6 +48,32 @@ def write_whole(path: str | Path, data: bytes | memoryview) -> None:
         if error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error  # of the class that belongs to the number
+
+
+def no_formula(value: object) -> object:
+    """A cell of a CSV file.
+
+    A text that a spreadsheet would compute, as `=cmd|...`, gets an apostrophe in front, and control characters, which
+    end lines for some readers, become spaces; other values are as they are.
+    """
+    if not isinstance(value, str):
+        return value
+    text = "".join(" " if category(letter) in ("Cc", "Cs") else letter for letter in value)
+    return f"'{text}" if text.lstrip().startswith(FORMULA) else text
+
+
+def read_text(path: str | Path, limit: int) -> str:
+    """The text of a plain file of at most `limit` bytes.
+
+    Raises `OSError`, or `ValueError` for a longer file, what is no plain file, and bytes that are no UTF-8.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+        raise ValueError("it is no plain file")
+    with open(path, "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"it has more than {limit:,} bytes")
+    return data.decode("utf-8")
 
 
 def remove_leftovers(folder: str | Path) -> None:

@@ -155,7 +155,7 @@ def test_the_rule_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
     x, double, wide = (y.as_subclass(Elsewhere) for y in plain)
 
     def chosen(x: Tensor, dropout: float = 0.0, **how: Any) -> str:
-        return paths._chosen(x, x, x, dropout, how)
+        return paths.chosen_path(x, x, x, dropout, how)
 
     assert chosen(x) == "materialised"
     monkeypatch.setattr(paths, "FUSED_FROM", 36)

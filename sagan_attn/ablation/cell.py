@@ -25,11 +25,12 @@ from sagan_attn.ablation.evidence import Batches, accuracy, knockouts, logits_of
 from sagan_attn.ablation.plan import cell_config
 from sagan_attn.ablation.provenance import code_digest
 from sagan_attn.ablation.store import BUSY, DONE, FAILED, FORMAT, Store, read_plan
-from sagan_attn.errors import ConfigError, SaganAttnError
+from sagan_attn.errors import ConfigError, NonFiniteError, SaganAttnError
 from sagan_attn.files import write_whole
 from sagan_attn.surgery import grafts_of
 from sagan_attn.training.callbacks import environment
 from sagan_attn.training.cli import SaganCLI, quieten
+from sagan_attn.training.memory import is_out_of_memory, out_of_memory_words
 
 __all__ = ["main", "run_cell"]
 
@@ -58,17 +59,29 @@ class Clock(L.Callback):
         if not trainer.sanity_checking:
             self._since = time.perf_counter()
 
+    def on_exception(self, trainer: Any, *_: Any) -> None:
+        if trainer.training:
+            self.on_train_end()
+
 
 class CellCLI(SaganCLI):
-    """A `fit` whose training is timed."""
+    """A `fit` whose training is timed, and may end early with numbers that are not finite."""
 
     clock: Clock
+    divergence: NonFiniteError | None = None
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         trainer = super().instantiate_trainer(**kwargs)
         self.clock = Clock()
         trainer.callbacks.append(self.clock)  # type: ignore[attr-defined]
         return trainer
+
+    def fit(self, **arguments: Any) -> None:
+        try:
+            super().fit(**arguments)
+        except NonFiniteError as error:
+            print(f"diverged: {error}")
+            self.divergence = error
 
 
 def run_cell(folder: Path, key: str, threads: int | None = None) -> int:
@@ -103,7 +116,8 @@ def run_cell(folder: Path, key: str, threads: int | None = None) -> int:
         except Exception as error:  # whatever it is, it belongs to this cell
             traceback.print_exc()
             if not (isinstance(error, OSError) and error.errno in NO_ROOM):  # the cell then just stays missing
-                store.write_failure(key, _kind(error), f"{type(error).__name__}: {error}")
+                words = out_of_memory_words(error) if is_out_of_memory(error) else error
+                store.write_failure(key, _kind(error), f"{type(error).__name__}: {words}")
             return FAILED
         store.file(key, "failure.json").unlink(missing_ok=True)
         return DONE
@@ -113,7 +127,8 @@ def _compute(store: Store, plan: dict[str, Any], cell: dict[str, Any], scratch: 
     key, variant, stage = cell["key"], plan["variants"][cell["variant"]], plan["stages"][cell["stage"]]
     config = cell_config(variant, stage["set"], cell["budget"], cell["seed"])
     path = store.write_config(key, config)
-    cli = CellCLI(["fit", "--config", str(path), "--run_dir", str(scratch)])
+    # as a text: a file in the folder of an ablation may name fewer classes, and texts in it may be files beside it
+    cli = CellCLI(["fit", "--config", path.read_text(encoding="utf-8"), "--run_dir", str(scratch)])
     module: Any = cli.model
     data: Any = cli.datamodule
     trainer: Any = cli.trainer
@@ -122,18 +137,23 @@ def _compute(store: Store, plan: dict[str, Any], cell: dict[str, Any], scratch: 
     peak = _peak_bytes(device)  # of training: what is asked afterwards differs between variants
     module.to(device)
     rows = _rows(trainer)
-    write_whole(store.file(key, "metrics.csv"), (scratch / "metrics.csv").read_bytes())
+    for name in ("metrics.csv", "logits.safetensors"):
+        store.file(key, name).unlink(missing_ok=True)  # of another attempt
+    if (scratch / "metrics.csv").is_file():  # there is none before the first epoch is complete
+        write_whole(store.file(key, "metrics.csv"), (scratch / "metrics.csv").read_bytes())
     validation = Batches(data, data.val_dataloader(), device)
-    parts = {"val": logits_of(module, validation)}
-    if cell["stage"] == "confirm":
-        _check_data(data, "test", variant["data"])
-        parts["test"] = logits_of(module, Batches(data, data.test_dataloader(), device))
-    _write_logits(store.file(key, "logits.safetensors"), parts)
-    metrics: dict[str, float | None] = {"train/loss": _finite(rows[-1].get("train/loss"))}
-    for split, (logits, labels) in parts.items():
-        metrics[f"{split}/accuracy"] = accuracy(logits, labels)
-        metrics[f"{split}/loss"] = _finite(F.cross_entropy(logits, labels).item())
-    diverged = _diverged(module.network, rows, metrics)
+    metrics: dict[str, float | None] = {"train/loss": None, "val/accuracy": None, "val/loss": None}
+    if cli.divergence is None:
+        metrics["train/loss"] = _finite(rows[-1].get("train/loss"))
+        parts = {"val": logits_of(module, validation)}
+        if cell["stage"] == "confirm":
+            _check_data(data, "test", variant["data"])
+            parts["test"] = logits_of(module, Batches(data, data.test_dataloader(), device))
+        _write_logits(store.file(key, "logits.safetensors"), parts)
+        for split, (logits, labels) in parts.items():
+            metrics[f"{split}/accuracy"] = accuracy(logits, labels)
+            metrics[f"{split}/loss"] = _finite(F.cross_entropy(logits, labels).item())
+    diverged = cli.divergence is not None or _diverged(module.network, rows, metrics)
     images = trainer.global_step * data.batch_size * trainer.accumulate_grad_batches
     known = environment(trainer)
     return {
@@ -141,6 +161,7 @@ def _compute(store: Store, plan: dict[str, Any], cell: dict[str, Any], scratch: 
         **cell,
         "kind": variant["kind"],
         "outcome": "diverged" if diverged else "finished",
+        "divergence": str(cli.divergence) if cli.divergence else None,
         "metrics": metrics,
         "curves": rows,
         "gammas": {name: _finite(gamma.item()) for name, gamma in grafts_of(module.network).gammas().items()},
@@ -150,7 +171,7 @@ def _compute(store: Store, plan: dict[str, Any], cell: dict[str, Any], scratch: 
             "parameters": variant["parameters"],
             "flops": variant["flops"],
             "train_seconds": cli.clock.seconds,
-            "images_per_second": images / cli.clock.seconds,
+            "images_per_second": images / cli.clock.seconds if cli.clock.seconds else None,
             "peak_bytes": peak,
         },
         "provenance": {
@@ -207,9 +228,8 @@ def _peak_bytes(device: torch.device) -> int:
 
 
 def _kind(error: Exception) -> str:
-    memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
     refused = isinstance(error, SaganAttnError)
-    return "out of memory" if memory else "refused" if refused else "crash"
+    return "out of memory" if is_out_of_memory(error) else "refused" if refused else "crash"
 
 
 @contextlib.contextmanager
@@ -225,7 +245,8 @@ def _scratch(folder: Path) -> Iterator[Path]:
 def main(folder: str, key: str, threads: int | None, environ: dict[str, str], log: str) -> None:
     """The process of a cell: its output goes to the log, its exit code says how it ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the runner says when
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    Store(folder).prepare(key)
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
     for stream in (1, 2):
         os.dup2(handle, stream)
     os.environ |= environ

@@ -11,16 +11,20 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import yaml
+
 from sagan_attn.ablation.models import Models, canonical
 from sagan_attn.ablation.settings import Settings, apply_settings
-from sagan_attn.ablation.spec import Spec, Stage
-from sagan_attn.ablation.store import FORMAT, Store, read_plan
+from sagan_attn.ablation.spec import Spec, Stage, check_seeds
+from sagan_attn.ablation.store import FORMAT, Store, check_shape, read_plan
 from sagan_attn.ablation.variants import Variant, make_variants
 from sagan_attn.errors import ConfigError, SaganAttnError
+from sagan_attn.training.class_paths import check_config, texts
 from sagan_attn.training.resolve import resolve_config
 
 __all__ = ["add_seeds", "add_stage", "cell_config", "chosen_by_name", "freeze", "frozen", "new_plan", "with_controls"]
 
+CHANGED = "the plan was changed since it was made; choose another folder"
 OF_THE_CELL = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
@@ -120,6 +124,7 @@ def add_seeds(plan: dict[str, Any], spec: Spec, count: int, done: Collection[str
     stage = plan["stages"].get("confirm")
     if stage is None:
         raise ConfigError(f"{spec.path}: confirm has not begun: give it more seeds in the spec")
+    check_seeds("--add-seeds", count)
     first = max(cell["seed"] for cell in plan["cells"]) + 1
     fresh = range(first, first + count)
     more = Stage("confirm", tuple(fresh), tuple(stage["budgets"]), stage["set"])
@@ -195,7 +200,8 @@ def freeze(store: Store, plan: Mapping[str, Any]) -> None:
 def frozen(store: Store, spec: Spec, extra: Settings) -> dict[str, Any] | None:
     """The plan in the folder, which must be the spec's; None for a new folder.
 
-    Raises `ConfigError`, naming what differs: a spec that changed after cells were computed would mix two questions.
+    Raises `ConfigError`, naming what differs: a spec that changed after cells were computed would mix two questions. So
+    it does for configs in the plan that name other classes than the spec's, its base's and those of `ALLOWED`.
     """
     if not store.plan.is_file():
         others = [path for path in store.folder.glob("*") if not path.name.startswith(".")]  # of a killed runner
@@ -213,4 +219,18 @@ def frozen(store: Store, spec: Spec, extra: Settings) -> dict[str, Any] | None:
             f"{store.folder} holds an ablation with another {' and another '.join(differing)} than {spec.path}: choose "
             "another folder, or put it back (more seeds: --add-seeds)"
         )
+    _check_configs(store, plan, spec, extra)
     return plan
+
+
+def _check_configs(store: Store, plan: Mapping[str, Any], spec: Spec, extra: Settings) -> None:
+    """Refuse a plan that was changed since it was made: whoever gives its spec did not read the plan."""
+    check_shape(store.plan, plan)
+    said = {*spec.base, *texts([yaml.safe_load(spec.text), spec.base, extra])}
+    for stage in plan["stages"].values():
+        for name in stage["variants"]:
+            try:
+                config = cell_config(plan["variants"][name], stage["set"], 1, 0)
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ConfigError(f"{store.plan}: variant {name!r} has no training config: {error!r}") from error
+            check_config(config, f"{store.plan}, {name}", said=said, hint=CHANGED)

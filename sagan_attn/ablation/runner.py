@@ -201,7 +201,7 @@ class _Pool:
         slots = {slot for _, slot, _ in self.running.values()}
         slot = next(slot for slot in range(self.workers.count) if slot not in slots)
         key = cell["key"]
-        self.store.cell(key).mkdir(parents=True, exist_ok=True)
+        self.store.prepare(key)
         arguments = (
             str(self.store.folder),
             key,

@@ -29,14 +29,17 @@ from sagan_attn.ablation.controls import CONTROLS
 from sagan_attn.ablation.settings import RESERVED, Settings, check_settings
 from sagan_attn.ablation.statistics import smallest_p
 from sagan_attn.errors import ConfigError
+from sagan_attn.training.class_paths import check_file
 
-__all__ = ["CONFIRM_SEEDS_FROM", "Spec", "Stage", "StageName", "read_spec"]
+__all__ = ["CONFIRM_SEEDS_FROM", "Spec", "Stage", "StageName", "check_seeds", "read_spec"]
 
 StageName = Literal["screen", "confirm"]
 KEYS = ("base", "set", "axes", "exclude", "variants", "controls", "baseline", "screen", "confirm", "expected_sd")
 STAGE_KEYS = ("seeds", "epochs", "set", "choose")
 SEEDS = {"screen": 3, "confirm": 12}
 CONFIRM_SEEDS_FROM = 1000  # so that no seed of a screen is among them
+MOST_SEEDS, LARGEST_SEED = 10_000, 2**32 - 1  # the second is numpy's
+MOST_EPOCHS = 1_000_000
 SIGNIFICANT = 0.05
 
 
@@ -85,21 +88,23 @@ def read_spec(path: Path) -> Spec:
 
     Raises:
         ConfigError: it is missing or no YAML, has an unknown key, or asks for what cannot be: seeds used twice, or
-            too few of them for any result of `confirm` to be significant.
+            too few of them for any result of `confirm` to be significant. Or its base lies in a run folder and names
+            other classes than those may.
     """
     text, content = _yaml(path)
     _known(str(path), content, KEYS)
     if "base" not in content:
         raise ConfigError(f"{path}: base is missing: the training config to be changed")
     base_path = path.parent / str(content["base"])
+    check_file(base_path)
     base = _yaml(base_path)[1]
     epochs = _check_base(base_path, base)
     controls = _list(path, "controls", content.get("controls", []))
     for control in controls:
-        if control not in CONTROLS:
+        if not isinstance(control, str) or control not in CONTROLS:
             near = difflib.get_close_matches(str(control), CONTROLS, 1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(CONTROLS)}"
-            raise ConfigError(f"{path}: unknown control {control!r}{hint}")
+            raise ConfigError(f"{path}: unknown control {control!r:.100}{hint}")
     axes = {str(key): _list(path, f"axes.{key}", values) for key, values in _dict(path, content, "axes").items()}
     for key, values in axes.items():
         if len(values) < 2:
@@ -144,8 +149,10 @@ def _check_base(path: Path, base: Mapping[str, Any]) -> int:
         if not isinstance(base.get(part), dict):
             raise ConfigError(f"{path}: {part} ({base.get(part)!r}) must be a mapping: it is no training config")
     epochs, model = base["trainer"].get("max_epochs"), base["model"]
-    if type(epochs) is not int or epochs < 1:
-        raise ConfigError(f"{path}: trainer.max_epochs ({epochs!r}) must be a whole number of at least 1")
+    if type(epochs) is not int or not 1 <= epochs <= MOST_EPOCHS:
+        raise ConfigError(
+            f"{path}: trainer.max_epochs ({epochs!r:.100}) must be a whole number of at least 1 and at most {MOST_EPOCHS:,}"
+        )
     grafts = model.get("grafts") or []
     if not isinstance(grafts, list) or not all(isinstance(graft, dict) for graft in grafts):
         raise ConfigError(f"{path}: model.grafts ({grafts!r}) must be a list of mappings")
@@ -169,10 +176,14 @@ def _stage(path: Path, content: Mapping[str, Any], name: StageName, epochs: int)
     first = 0 if name == "screen" else CONFIRM_SEEDS_FROM
     seeds = given.get("seeds", SEEDS[name])
     if type(seeds) is int:
+        check_seeds(f"{path}: {name}.seeds", seeds)
         seeds = list(range(first, first + seeds))
     budgets = given.get("epochs", [epochs] if name == "screen" else sorted({-(-epochs // 2), epochs}))
     budgets = budgets if isinstance(budgets, list) else [budgets]
-    numbers = _whole(path, f"{name}.seeds", seeds, 0), _whole(path, f"{name}.epochs", budgets, 1)
+    numbers = (
+        _whole(path, f"{name}.seeds", seeds, 0, LARGEST_SEED),
+        _whole(path, f"{name}.epochs", budgets, 1, MOST_EPOCHS),
+    )
     choose = given.get("choose")
     if choose is not None and content.get("screen") is None and not isinstance(choose, list):
         raise ConfigError(f"{path}: confirm.choose ({choose!r}) needs a screen to choose by, or a list of names")
@@ -183,11 +194,20 @@ def _stage(path: Path, content: Mapping[str, Any], name: StageName, epochs: int)
     return Stage(name, numbers[0], tuple(sorted(numbers[1])), _dict(path, given, "set"), choose)
 
 
-def _whole(path: Path, key: str, numbers: Any, least: int) -> tuple[int, ...]:
-    whole = isinstance(numbers, list) and all(type(n) is int and n >= least for n in numbers)
+def check_seeds(where: str, count: int) -> None:
+    """Raise `ConfigError` for more seeds than anybody computes."""
+    if count > MOST_SEEDS:
+        raise ConfigError(f"{where} ({count!r:.100}) must be at most {MOST_SEEDS:,}")
+
+
+def _whole(path: Path, key: str, numbers: Any, least: int, most: int) -> tuple[int, ...]:
+    whole = isinstance(numbers, list) and all(type(n) is int and least <= n <= most for n in numbers)
     if not whole or not numbers or len(set(numbers)) < len(numbers):
         how_many = ", or how many of them" if key.endswith("seeds") else ""
-        raise ConfigError(f"{path}: {key} ({numbers!r}) must be whole numbers of at least {least}, each once{how_many}")
+        raise ConfigError(
+            f"{path}: {key} ({numbers!r:.100}) must be whole numbers of at least {least}, each once{how_many}, and at "
+            f"most {most:,}"
+        )
     return tuple(numbers)
 
 

@@ -12,7 +12,8 @@
     cells/<key>/lock           held by the process that computes the cell; the system frees it when that one dies
     report/                    see `report`
 
-Nothing read from it is run: JSON, YAML (safe), safetensors.
+Nothing read from it is run: JSON and safetensors, of sizes with a limit. Links are not followed where something is
+appended or a folder is written to: the folder may come from anybody.
 """
 
 import fcntl
@@ -29,14 +30,36 @@ import numpy as np
 import yaml
 
 from sagan_attn.errors import ConfigError
-from sagan_attn.files import write_whole
+from sagan_attn.files import read_text, remove_leftovers, write_whole
 
-__all__ = ["BUSY", "DONE", "FAILED", "FORMAT", "Store", "read_logits", "read_plan", "read_results", "valid_results"]
+__all__ = [
+    "BUSY",
+    "DONE",
+    "FAILED",
+    "FORMAT",
+    "Store",
+    "own_folder",
+    "read_logits",
+    "read_plan",
+    "read_results",
+    "valid_results",
+]
 
 FORMAT = 1
 DONE, FAILED, BUSY = 0, 3, 75  # exit codes of a cell's process; 75: another process computes it
 PLAN_LOCK = ".plan.lock"
 OUTCOMES = ("finished", "diverged")
+OF_STAGE = {"seeds": list, "budgets": list, "set": dict, "variants": list}
+OF_VARIANT = {
+    **dict.fromkeys(("label", "kind", "baseline", "note"), str),
+    **dict.fromkeys(("settings", "config", "data"), dict),
+    **dict.fromkeys(("parameters", "flops", "images"), int),
+    "epochs_factor": (int, float),
+    "of": list,
+}
+OF_CELL = {"stage": str, "budget": int, "variant": str, "seed": int, "added": bool}
+APPENDED = ("attempts", "lock", "log.txt")  # files of a cell that are not replaced as a whole
+JSON_BYTES = 100_000_000
 
 
 class Store:
@@ -59,14 +82,24 @@ class Store:
     def has_failed(self, key: str) -> bool:
         return self.file(key, "failure.json").is_file() and not self.has_result(key)
 
+    def prepare(self, key: str) -> Path:
+        """The folder of a cell, made if it is not there.
+
+        Raises `ConfigError` for a link that would be followed out of it, or another thing in the way, by name.
+        """
+        folder = own_folder(self.cell(key))
+        for path in (folder / name for name in APPENDED):
+            if path.is_symlink() or (path.exists() and not path.is_file()):
+                raise ConfigError(f"{path} is no plain file: take it away, as what is written there would go elsewhere")
+        return folder
+
     def write(self, path: Path, content: Any) -> None:
         """JSON as a whole file. Raises `OSError`."""
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
     def write_config(self, key: str, config: Mapping[str, Any]) -> Path:
-        path = self.file(key, "config.yaml")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = self.prepare(key) / "config.yaml"
         write_whole(path, yaml.safe_dump(dict(config), sort_keys=False).encode())
         return path
 
@@ -76,7 +109,8 @@ class Store:
         return len(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else 0
 
     def count_attempt(self, key: str, text: str) -> None:
-        with self.file(key, "attempts").open("a", encoding="utf-8") as file:
+        handle = os.open(self.file(key, "attempts"), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
+        with open(handle, "a", encoding="utf-8") as file:
             file.write(f"{text}\n")
 
     def write_failure(self, key: str, kind: str, message: str) -> None:
@@ -87,8 +121,7 @@ class Store:
 
     def sweep(self, key: str) -> None:
         """Remove what a killed attempt was writing. Only for who has the lock of the cell."""
-        for path in self.cell(key).glob(".*"):
-            path.unlink(missing_ok=True)
+        remove_leftovers(self.cell(key))
 
     def set_aside(self, key: str) -> Path:
         """Rename a damaged or foreign result, so that the cell is missing; where it is now."""
@@ -102,7 +135,7 @@ class Store:
         plan comes out is removed."""
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = self.folder / PLAN_LOCK
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
@@ -117,8 +150,7 @@ class Store:
     @contextmanager
     def lock(self, key: str) -> Iterator[bool]:
         """Whether this process alone may compute the cell while inside; another one that has the lock keeps it."""
-        self.cell(key).mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.file(key, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        handle = os.open(self.prepare(key) / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -150,9 +182,29 @@ def read_plan(folder: Path) -> dict[str, Any]:
     if not isinstance(cells, list) or not isinstance(variants, dict):
         raise ConfigError(f"{store.plan} is not the plan of an ablation: cells or variants are missing")
     for cell in cells:
-        if not isinstance(cell, dict) or not _is_key(cell.get("key")) or cell.get("variant") not in variants:
+        if not isinstance(cell, dict) or not _is_key(cell.get("key")) or not _is_one_of(cell.get("variant"), variants):
             raise ConfigError(f"{store.plan} is not the plan of an ablation: {cell!r:.100} is no cell")
     return plan
+
+
+def check_shape(path: Path, plan: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` unless a plan has the parts that cells are made of, each of its type."""
+
+    def fits(of: Any, kinds: Mapping[str, type | tuple[type, ...]]) -> bool:
+        return isinstance(of, dict) and all(isinstance(of.get(name), kind) for name, kind in kinds.items())
+
+    stages = plan.get("stages")
+    if not isinstance(stages, dict) or not all(fits(stage, OF_STAGE) for stage in stages.values()):
+        raise ConfigError(f"{path} is not the plan of an ablation: stages are missing or not whole")
+    for name, variant in plan["variants"].items():
+        if not fits(variant, OF_VARIANT):
+            raise ConfigError(f"{path} is not the plan of an ablation: variant {name!r:.100} is not whole")
+    for cell in plan["cells"]:
+        if not fits(cell, OF_CELL) or cell["stage"] not in stages:
+            raise ConfigError(f"{path} is not the plan of an ablation: cell {cell!r:.100} is not whole")
+    for name, stage in stages.items():
+        if unknown := [one for one in stage["variants"] if not _is_one_of(one, plan["variants"])]:
+            raise ConfigError(f"{path} is not the plan of an ablation: stage {name!r} names {unknown[0]!r:.100}")
 
 
 def read_results(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
@@ -199,10 +251,18 @@ def read_logits(folder: Path, key: str, split: Literal["val", "test"]) -> tuple[
     return tensors[f"{split}/logits"], tensors[f"{split}/labels"]
 
 
+def own_folder(path: Path) -> Path:
+    """A folder, made if it is not there. Raises `ConfigError` for a link to another one."""
+    if path.is_symlink():
+        raise ConfigError(f"{path} is a link: take it away, as what is written there would go elsewhere")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def _json(path: Path) -> dict[str, Any] | str:
     """The mapping in a file, or what is wrong with it."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path, JSON_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         return f"cannot be read: {error}"
     return content if isinstance(content, dict) else "holds no mapping"
@@ -235,6 +295,10 @@ def _unfit(content: Mapping[str, Any], cell: Mapping[str, Any], name: str) -> st
 def valid_results(store: Store) -> set[str]:
     """Keys of the cells that have a whole result of their own."""
     return {result["key"] for result in read_results(store.folder)[0]}
+
+
+def _is_one_of(name: Any, names: Mapping[str, Any]) -> bool:
+    return isinstance(name, str) and name in names
 
 
 def _is_key(key: Any) -> bool:

@@ -1,15 +1,13 @@
 """What all attention blocks on maps share: from maps to rows of queries, keys and values, and back."""
 
-import math
 from collections.abc import Callable, Mapping
-from numbers import Real
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from sagan_attn import functional
-from sagan_attn.blocks.checks import one_of, positive, probability
+from sagan_attn.blocks.checks import is_number, one_of, positive, probability
 from sagan_attn.blocks.pointwise import Pointwise, can_be_joined
 from sagan_attn.errors import BlockError
 from sagan_attn.functional.attention import Normalize, Score
@@ -105,7 +103,8 @@ class MapAttention(nn.Module):
             self.height_rel = _offset_table(height, head_size, dd)
             self.width_rel = _offset_table(width, head_size, dd)
         elif position_size is not None:
-            raise BlockError(f"position_size ({position_size!r}) goes with relative positions, not with {position!r}")
+            found = f"position_size ({position_size!r:.100})"
+            raise BlockError(f"{found} goes with relative positions, not with {position!r}")
         for channels in (in_channels, context_channels):
             if position == "sinusoidal" and channels % 4:
                 raise BlockError(f"position ('sinusoidal') needs channels in fours, not {channels}")
@@ -236,7 +235,7 @@ def _offset_table(size: int, features: int, dd: Mapping[str, Any]) -> nn.Paramet
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     pair = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
     if len(pair) != 2:
-        raise BlockError(f"position_size ({size!r}) must be one whole number, or height and width")
+        raise BlockError(f"position_size ({size!r:.100}) must be one whole number, or height and width")
     for side in pair:
         positive(position_size=side)
     return pair
@@ -244,6 +243,9 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 def check_positions(queries: Tensor, batch: int, n: int) -> None:
     """Raise `BlockError` unless queries are whole numbers from 0 to n - 1, of shape [Q] or [batch, Q]."""
+    if not isinstance(queries, Tensor) or queries.dtype in (torch.bool, torch.complex64, torch.complex128):
+        found = f"of {queries.dtype}" if isinstance(queries, Tensor) else f"({type(queries).__name__})"
+        raise BlockError(f"queries {found} must be a tensor of whole numbers of shape [Q] or [{batch}, Q]")
     if queries.is_floating_point() or queries.dim() not in (1, 2) or (queries.dim() == 2 and len(queries) != batch):
         found = f"{tuple(queries.shape)} and {queries.dtype}"
         raise BlockError(f"queries of shape {found} must be whole numbers of shape [Q] or [{batch}, Q]")
@@ -255,8 +257,8 @@ def resolve_scale(scale: float | str | None, size: int, words: str = "'sqrt'") -
     """The factor on the scores for heads of `size` features. Raises `BlockError` for an unknown word, naming words."""
     if scale is None:
         return 1.0
-    if scale == "sqrt":
+    if isinstance(scale, str) and scale == "sqrt":
         return size**-0.5
-    if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
-        raise BlockError(f"scale ({scale!r}) must be a number, {words} or None")
+    if isinstance(scale, str) or not is_number(scale):
+        raise BlockError(f"scale ({scale!r:.100}) must be a number, {words} or None")
     return float(scale)

@@ -1,17 +1,21 @@
 """Checks of block options, with one wording."""
 
-import math
 from numbers import Integral, Real
 from typing import Any
 
 from sagan_attn.errors import BlockError
 
+LARGEST = 2**31 - 1  # so that products of two are whole numbers that torch takes
+LARGEST_FLOAT = 3.4028234663852886e38  # of float32
+
 
 def positive(**options: int) -> None:
-    """Raise `BlockError` unless each option is a whole number of at least 1."""
+    """Raise `BlockError` unless each option is a whole number of at least 1, and of no more than torch takes."""
     for name, value in options.items():
         if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-            raise BlockError(f"{name} ({value!r}) must be a whole number of at least 1")
+            raise BlockError(f"{name} ({value!r:.100}) must be a whole number of at least 1")
+        if value > LARGEST:
+            raise BlockError(f"{name} ({value!r:.100}) must be at most {LARGEST}")
 
 
 def divides(name: str, divisor: int, what: str, value: int) -> None:
@@ -21,30 +25,38 @@ def divides(name: str, divisor: int, what: str, value: int) -> None:
 
 
 def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    """Raise `BlockError` unless value, the option `name`, is one of the choices."""
-    if value not in choices:
-        raise BlockError(f"{name} ({value!r}) must be {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}")
+    """Raise `BlockError` unless value, the option `name`, is one of the choices, which are words or None."""
+    if not isinstance(value, (str, type(None))) or value not in choices:
+        raise BlockError(f"{name} ({value!r:.100}) must be {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}")
 
 
 def probability(**options: float) -> None:
     """Raise `BlockError` unless each option is at least 0 and below 1."""
     for name, value in options.items():
         if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < 1:
-            raise BlockError(f"{name} ({value!r}) must be a number of at least 0 and below 1")
+            raise BlockError(f"{name} ({value!r:.100}) must be a number of at least 0 and below 1")
 
 
 def number(**options: float) -> None:
-    """Raise `BlockError` unless each option is a finite number."""
+    """Raise `BlockError` unless each option is a finite number, in float32 too."""
     for name, value in options.items():
-        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-            raise BlockError(f"{name} ({value!r}) must be a finite number")
+        if not is_number(value):
+            raise BlockError(f"{name} ({value!r:.100}) must be a finite number, of at most {LARGEST_FLOAT:.3g}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether value is a finite number, in float32 too."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    limit: Any = LARGEST_FLOAT
+    return value <= limit and -value <= limit  # neither of which NaN is
 
 
 def flags(**options: bool) -> None:
     """Raise `BlockError` unless each option is True or False."""
     for name, value in options.items():
         if not isinstance(value, bool):
-            raise BlockError(f"{name} ({value!r}) must be True or False")
+            raise BlockError(f"{name} ({value!r:.100}) must be True or False")
 
 
 def narrowed(in_channels: int, name: str, reduction: int) -> int:

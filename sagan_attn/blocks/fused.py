@@ -70,14 +70,19 @@ class FusedAttention2d(MapAttention):
         self.eval()
 
     def is_identity(self) -> bool:
-        """Whether all numbers that the branch is a product of are exactly 0. Not known without them (device "meta")."""
+        """Whether all numbers that the branch is a product of are exactly 0, and no other one is NaN or infinite.
+
+        Not known without numbers (device "meta").
+        """
         if self.output is not None:
             last = list(self.output.parameters())
         else:
             read = self._read_by("value")
             channels = self.parts[read]["value"]  # the last ones
             last = [parameter[-channels:] for parameter in self.projections[read].parameters()]
-        return not any(numbers.is_meta or numbers.count_nonzero() for numbers in last)
+        if any(numbers.is_meta or numbers.count_nonzero() for numbers in last):
+            return False
+        return all(bool(numbers.isfinite().all()) for numbers in self.parameters())
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return functional.residual(x, self.branch(x, mask=mask))
@@ -132,7 +137,9 @@ def _folded(block: MapAttention) -> tuple[dict[str, Affine], int]:
     convs = {"query": block.query, "key": block.key, "value": block.value, "output": block.output}
     folded = {part: _affine(conv) for part, conv in convs.items() if conv is not None}
     if "key" in folded and block.score == "dot" and block.normalize == "softmax":
-        folded["key"] = (folded["key"][0], None)  # the same number in a whole row of scores
+        weight, bias = folded["key"]
+        if bias is not None and bias.isfinite().all():  # the same number in a whole row of scores, unless it is NaN
+            folded["key"] = (weight, None)
     sign = 1
     if isinstance(block, SelfAttention2d):
         gamma = block.gamma.detach().double()

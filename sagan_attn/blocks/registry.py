@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from sagan_attn.blocks.bottleneck import Bottleneck2d
@@ -20,7 +21,7 @@ from sagan_attn.blocks.multihead import CrossAttention2d, MultiHeadAttention2d
 from sagan_attn.blocks.nonlocal_ import NonLocal2d
 from sagan_attn.blocks.sagan import SelfAttention2d
 from sagan_attn.blocks.transformer import DecoderBlock2d, EncoderBlock2d
-from sagan_attn.errors import BlockError
+from sagan_attn.errors import BlockError, first_line
 
 BlockFactory = Callable[..., nn.Module]
 
@@ -83,9 +84,9 @@ def block_names() -> list[str]:
 
 def get_form(name: str) -> Form:
     """The form of that name. Raises `BlockError` with near names for an unknown one."""
-    if name not in FORMS:
+    if not isinstance(name, str) or name not in FORMS:
         near = difflib.get_close_matches(str(name), FORMS) or list(FORMS)
-        raise BlockError(f"unknown block {name!r}; did you mean {' or '.join(near)}? (all: {', '.join(FORMS)})")
+        raise BlockError(f"unknown block {name!r:.100}; did you mean {' or '.join(near)}? (all: {', '.join(FORMS)})")
     return FORMS[name]
 
 
@@ -101,12 +102,22 @@ def create_block(name: str, in_channels: int, **options: Any) -> nn.Module:
     check_options(name, form.factory, options)
     positive(in_channels=in_channels)
     own = {option: v(in_channels) if callable(v) else v for option, v in form.options.items() if option not in options}
-    return form.factory(in_channels, **own, **options)
+    try:
+        return form.factory(in_channels, **own, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # what torch says to sizes that no memory has room for
+        raise BlockError(
+            f"block {name!r} for in_channels ({in_channels}) and {options!r:.200} cannot be made: {first_line(error)}"
+        ) from error
 
 
 def check_options(name: str, factory: BlockFactory, options: Mapping[str, Any]) -> None:
-    """Raise `BlockError` for a factory without arguments, or options that its signature does not have."""
-    parameters = list(inspect.signature(factory).parameters.values())
+    """Raise `BlockError` for a factory without arguments or signature, or options that its signature does not have."""
+    try:
+        parameters = list(inspect.signature(factory).parameters.values())
+    except (TypeError, ValueError) as error:
+        raise BlockError(f"block {name!r} cannot be called with the channels: {first_line(error)}") from error
     if not parameters:
         raise BlockError(f"block {name!r} takes no argument; a factory is called with the channels")
     if any(p.kind is p.VAR_KEYWORD for p in parameters):

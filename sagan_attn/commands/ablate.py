@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from sagan_attn.commands.sites import count, outermost
-from sagan_attn.errors import ConfigError
+from sagan_attn.errors import ConfigError, one_line
 
 if TYPE_CHECKING:
     from sagan_attn.ablation.spec import Spec
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
                     plan = plans.frozen(store, spec, extra) or plan  # another runner may have been here
                     if stage not in plan["stages"]:
                         chosen = add_confirm(plan, spec, read_results(store.folder)[0])
-                        print(f"chosen by the screen: {', '.join(chosen)}")
+                        print(one_line(f"chosen by the screen: {', '.join(chosen)}"))
                         plans.freeze(store, plan)
             cells = cells_of(plan, stage)
             if arguments.stage == "confirm" and stage == "screen":
@@ -112,7 +112,7 @@ def _compute(
     arguments: argparse.Namespace, store: "Store", cells: list[dict[str, Any]], workers: Any, run_cells: Any
 ) -> bool:
     def say(line: str) -> None:
-        print(line, flush=True)
+        print(one_line(line), flush=True)  # names come from the plan
 
     how: dict[str, Any] = {"retry_failed": arguments.retry_failed, "same_code": arguments.same_code}
     if arguments.ray:
@@ -192,14 +192,14 @@ def _print_plan(spec: "Spec", plan: dict[str, Any], workers: Any) -> None:
         cells = sum(cell["variant"] == name for cell in plan["cells"])
         beside = "" if variant["kind"] == "baseline" else variant["baseline"]
         numbers = (f"{variant['parameters']:,}", f"{variant['flops']:,}", f"{1000 * an_image[name]:.2f}", str(cells))
-        table.add_row(name, variant["kind"], beside, *numbers)
+        table.add_row(one_line(name), one_line(variant["kind"]), one_line(beside), *numbers)
     console = Console(markup=False, highlight=False)
     if not console.is_terminal:
         console = Console(markup=False, highlight=False, width=160)
     console.print(table)
     for name, variant in plan["variants"].items():
         if variant["note"]:
-            print(f"{name}: {variant['note']}")
+            print(one_line(f"{name}: {variant['note']}"))
     seconds = 0.0
     for stage in spec.stages:
         ahead = outlook(plan, stage, an_image)

@@ -119,6 +119,7 @@ def _files(path: Path) -> list[Path]:
 def _of_test_split(number: int, run: "Run") -> Found:
     """Images spread evenly over the test split of the data that the run was trained on, and their labels."""
     from sagan_attn.training import data as sets
+    from sagan_attn.training.class_paths import check_config
 
     try:
         config = run.config["data"]
@@ -128,9 +129,10 @@ def _of_test_split(number: int, run: "Run") -> Found:
     kind = getattr(sets, name, None)
     if not (isinstance(kind, type) and issubclass(kind, sets.ImageData)):
         raise ConfigError(f"data {name!r} of {run.folder} are not of this library: give image files instead")
-    if options.get("augment"):
-        options["augment"] = sets.AugmentConfig(**options["augment"])
+    check_config({"data": config}, str(run.folder / "config.yaml"), hint="give image files instead")
     try:
+        if options.get("augment"):
+            options["augment"] = sets.AugmentConfig(**options["augment"])
         data = kind(**options)
     except TypeError as error:
         raise ConfigError(f"the config of {run.folder} does not fit {name}: {error}") from error
@@ -140,5 +142,9 @@ def _of_test_split(number: int, run: "Run") -> Found:
     total = len(pictures.labels)
     chosen = [index * total // number for index in range(number)] if number < total else list(range(total))
     labels = [int(pictures.labels[index]) for index in chosen]
+    if max(labels) >= len(run.classes):
+        raise DataError(
+            f"the data of {run.folder} have a class {max(labels)}, and classes.json names {len(run.classes)}"
+        )
     captions = [f"test {index}, {run.classes[label]}" for index, label in zip(chosen, labels, strict=True)]
     return [pictures.open(index) for index in chosen], captions, labels

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from sagan_attn.commands.attention_images import add_image_arguments, look_at
+from sagan_attn.errors import one_line
 
 __all__ = ["add_arguments", "run"]
 
@@ -27,5 +28,5 @@ def run(arguments: argparse.Namespace) -> int:
     title = arguments.title or f"Attention of {arguments.checkpoint.resolve().name}"
     words = explorer_page(seen, title, int(arguments.max_page_bytes)).encode()
     write_file(arguments.out, words)
-    print(f"{arguments.out}: {len(seen.captions)} images, {', '.join(seen.records)}; {len(words):,} bytes")
+    print(one_line(f"{arguments.out}: {len(seen.captions)} images, {', '.join(seen.records)}; {len(words):,} bytes"))
     return 0

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sagan_attn.commands.attention_images import add_image_arguments, look_at, run_folder
-from sagan_attn.errors import GraftError
+from sagan_attn.errors import GraftError, one_line
 
 if TYPE_CHECKING:
     from sagan_attn.viz.head_figures import HeadFigures
@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
     write_file(written[-1], json.dumps(numbers).encode())
     _print(figures)
     for file in written:
-        print(file)
+        print(one_line(file))
     return 0
 
 
@@ -129,7 +129,7 @@ def _print(figures: "list[HeadFigures]") -> None:
     for one in figures:
         values = [getattr(one, name) for name in words]
         cells = [
-            "" if isinstance(v, float) and math.isnan(v) else f"{v:.3g}" if isinstance(v, float) else str(v)
+            "" if isinstance(v, float) and math.isnan(v) else f"{v:.3g}" if isinstance(v, float) else one_line(v)
             for v in values
         ]
         table.add_row(*cells)

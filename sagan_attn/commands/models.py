@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sagan_attn.errors import ConfigError
+from sagan_attn.errors import ConfigError, GraftError, first_line
 from sagan_attn.surgery.probe import default_example, probe
 
 __all__ = ["add_model_arguments", "create_model", "example_image", "image_size", "json_object"]
@@ -83,7 +83,8 @@ def example_image(model: nn.Module, name: str, size: tuple[int, int] | None) -> 
         example = torch.zeros(*example.shape[:2], *size)
     try:
         probe(model, example, {})
-    except Exception as error:  # whatever a model may raise on an image it is not made for
+    except GraftError as error:
         height, width = example.shape[-2:]
-        raise ConfigError(f"{name} does not take images of {height} x {width}: {error}") from error
+        why = first_line(error.__cause__ or error)  # what the model says itself
+        raise ConfigError(f"{name} does not take images of {height} x {width}: {why}") from error
     return example

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sagan_attn.errors import ConfigError
+from sagan_attn.errors import ConfigError, one_line
 
 __all__ = ["add_arguments", "run"]
 
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"the report cannot be written, and the results are as they were: {error}") from error
     finally:  # last, as the reader of a pipe may have seen enough, and also where writing failed
         print_report(analysis)
-    print(f"\n{written[-1]}")
+    print(f"\n{one_line(written[-1])}")
     for problem in analysis.problems:
-        print(f"left out: {problem}", file=sys.stderr)
+        print(one_line(f"left out: {problem}"), file=sys.stderr)
     return 1 if analysis.problems else 0

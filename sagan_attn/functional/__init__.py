@@ -13,8 +13,6 @@ from torch import fx
 from sagan_attn.functional.attention import attention_output, attention_weights
 from sagan_attn.functional.maps import (
     add_sinusoids,
-    branch_norm,
-    channel_norm,
     context_mask_of,
     context_of,
     difference,
@@ -25,11 +23,11 @@ from sagan_attn.functional.maps import (
     pointwise_each,
     pool_map,
     residual,
-    spectrally_normalized,
     split_heads,
     summarize,
     weighted_mean,
 )
+from sagan_attn.functional.norms import branch_norm, channel_norm, spectrally_normalized
 from sagan_attn.functional.paths import attend
 from sagan_attn.functional.positions import relative_tables
 from sagan_attn.functional.sequences import causal_lens, merge_features, sequence_mask, sequence_of, split_features

@@ -7,10 +7,21 @@ import torch
 from torch import Tensor
 
 from sagan_attn.errors import BlockError
+from sagan_attn.functional.checks import check_devices, check_number, check_shape
 from sagan_attn.functional.positions import relative_logits
 from sagan_attn.functional.precision import no_autocast
 
-__all__ = ["Normalize", "Score", "allowed_keys", "attention_output", "attention_weights", "check_lens", "check_mask"]
+__all__ = [
+    "Normalize",
+    "Score",
+    "allowed_keys",
+    "attention_output",
+    "attention_weights",
+    "check_lens",
+    "check_mask",
+    "check_position",
+    "check_rows",
+]
 
 Score = Literal["dot", "additive", "concatenation"]
 Normalize = Literal["softmax", "mean"]
@@ -52,10 +63,15 @@ def attention_weights(
         mask: boolean, True at keys that may be attended to; of 4 dimensions, broadcast to [B, h, N, M].
 
     Raises:
-        BlockError: an unknown score or normalize, a missing vector, valid_lens or mask of another shape or kind.
+        BlockError: an unknown score or normalize, a missing vector, a tensor of another shape, kind or device.
     """
-    if normalize not in get_args(Normalize):
-        raise BlockError(f"normalize ({normalize!r}) must be one of {', '.join(get_args(Normalize))}")
+    check_rows(query, key)
+    check_number("scale", scale)
+    check_devices(query, vector=vector, index=index, valid_lens=valid_lens, mask=mask)
+    if not isinstance(normalize, str) or normalize not in get_args(Normalize):
+        raise BlockError(f"normalize ({normalize!r:.100}) must be one of {', '.join(get_args(Normalize))}")
+    if position is not None:
+        check_position(query, key, position, index)
     precise = torch.promote_types(query.dtype, torch.float32)
     with no_autocast(query):
         query, key = query.to(precise), key.to(precise)
@@ -75,13 +91,56 @@ def attention_weights(
         return scores.softmax(dim=-1).masked_fill(~allowed, 0)
 
 
+def check_rows(query: Tensor, key: Tensor, *value: Tensor) -> None:
+    """Raise `BlockError` unless query [B, h, N, d], key [B, h, M, d], value [B, h, M, D] are floats on one device."""
+    check_shape("query", query, ("B", "h", "N", "d"))
+    b, heads, _, d = query.shape
+    check_shape("key", key, (b, heads, "M", d))
+    check_devices(query, key=key)
+    for one in value:
+        check_shape("value", one, (b, heads, key.shape[2], "D"))
+        check_devices(query, value=one)
+
+
+def check_position(query: Tensor, key: Tensor, position: tuple[Tensor, Tensor], index: Tensor | None) -> None:
+    """Raise `BlockError` for tables or an index that do not fit; see `attention_weights`.
+
+    Values of the index are looked at on the CPU alone: elsewhere the host would have to wait for them.
+    """
+    if not isinstance(position, (tuple, list)) or len(position) != 2:
+        raise BlockError(f"position ({type(position).__name__}) must be a table of row and one of column offsets")
+    sides = []
+    for name, table in zip(("height", "width"), position, strict=True):
+        check_shape(f"position of {name}", table, ("2*side - 1", query.shape[3]))
+        check_devices(query, position=table)
+        if table.shape[0] and table.shape[0] % 2 == 0:
+            raise BlockError(f"position of {name} has {table.shape[0]} rows: 2 * side - 1 are required")
+        sides.append((table.shape[0] + 1) // 2)
+    height, width = sides
+    if height * width != key.shape[2]:
+        raise BlockError(f"position, for a map of {height} x {width}, does not fit {key.shape[2]} keys")
+    b, _, n, _ = query.shape
+    if index is None:
+        if n > height * width:
+            raise BlockError(f"position, for a map of {height} x {width}, does not fit {n} queries: an index is needed")
+        return
+    whole = isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32)
+    if not whole or tuple(index.shape) not in ((n,), (b, n)):
+        found = f"of shape {tuple(index.shape)} and {index.dtype}" if isinstance(index, Tensor) else repr(index)[:100]
+        raise BlockError(f"index {found} must be whole numbers of shape ({n},) or ({b}, {n})")
+    known = index.device.type == "cpu" and not torch.compiler.is_compiling()
+    if known and n and not 0 <= int(index.min()) <= int(index.max()) < height * width:
+        raise BlockError(f"index must be positions of a map of {height} x {width}, from 0 to {height * width - 1}")
+
+
 def _scores(query: Tensor, key: Tensor, scale: float, score: Score, vector: Tensor | None) -> Tensor:
+    if not isinstance(score, str) or score not in get_args(Score):
+        raise BlockError(f"score ({score!r:.100}) must be one of {', '.join(get_args(Score))}")
     if score == "dot":
         return torch.matmul(query if scale == 1.0 else query * scale, key.transpose(-2, -1))
-    if score not in get_args(Score):
-        raise BlockError(f"score ({score!r}) must be one of {', '.join(get_args(Score))}")
     if vector is None:
         raise BlockError(f"score {score!r} needs a vector")
+    check_shape("vector", vector, (query.shape[1], query.shape[3] * (1 if score == "additive" else 2)))
     vector = vector.to(query.dtype)
     if score == "additive":
         features = (query[:, :, :, None] + key[:, :, None]).tanh()  # [B, h, N, M, d]
@@ -116,6 +175,7 @@ def check_lens(b: int, n: int, valid_lens: Tensor | None) -> None:
     if not isinstance(valid_lens, Tensor):
         raise BlockError(f"valid_lens must be a tensor of whole numbers, not a {type(valid_lens).__name__}")
     whole = not (valid_lens.is_floating_point() or valid_lens.is_complex() or valid_lens.dtype == torch.bool)
+    whole = whole and valid_lens.layout == torch.strided
     if not whole or tuple(valid_lens.shape) not in ((b,), (b, n)):
         raise BlockError(
             f"valid_lens of shape {tuple(valid_lens.shape)} and {valid_lens.dtype} must be whole numbers of shape "
@@ -130,7 +190,7 @@ def check_mask(shape: Sequence[int], mask: Tensor | None) -> None:
     if not isinstance(mask, Tensor):
         raise BlockError(f"mask must be a boolean tensor, not a {type(mask).__name__}")
     fits = mask.dim() == 4 and all(size in (1, full) for size, full in zip(mask.shape, shape, strict=True))
-    if mask.dtype != torch.bool or not fits:
+    if mask.dtype != torch.bool or mask.layout != torch.strided or not fits:
         raise BlockError(
             f"mask of shape {tuple(mask.shape)} and {mask.dtype} must be boolean, True at keys to attend to, and "
             f"broadcast to [B, h, N, M] = {tuple(shape)}"
@@ -140,8 +200,11 @@ def check_mask(shape: Sequence[int], mask: Tensor | None) -> None:
 def attention_output(weights: Tensor, value: Tensor) -> Tensor:
     """Each query's weighted sum of values. weights [B, h, N, M], value [B, h, M, D]; returns [B, h, N, D].
 
-    In the dtype of value, and laid out as it is: columns of a map give columns.
+    In the dtype of value, and laid out as it is: columns of a map give columns. Raises `BlockError` for others.
     """
+    check_shape("value", value, ("B", "h", "M", "D"))
+    check_shape("weights", weights, (*value.shape[:2], "N", value.shape[2]))
+    check_devices(value, weights=weights)
     weights = weights.to(value.dtype)
     if value.stride(-1) != 1 and value.stride(-2) == 1:
         return torch.matmul(value.mT, weights.mT).mT

@@ -10,12 +10,21 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sagan_attn.errors import BlockError
-from sagan_attn.functional.attention import allowed_keys, attention_output, attention_weights, check_lens, check_mask
+from sagan_attn.functional.attention import (
+    allowed_keys,
+    attention_output,
+    attention_weights,
+    check_lens,
+    check_mask,
+    check_position,
+    check_rows,
+)
+from sagan_attn.functional.checks import check_devices, check_number
 from sagan_attn.functional.chunks import chunked_attention
 from sagan_attn.functional.door import kernels_serve, obstacle_to_kernels, through_kernels
 from sagan_attn.functional.precision import no_autocast, product_dtype
 
-__all__ = ["PATHS", "Path", "attend", "obstacle_to"]
+__all__ = ["PATHS", "Path", "attend", "chosen_path", "obstacle_to"]
 
 Path = Literal["auto", "materialised", "chunked", "factored", "fused", "sdpa", "sdpa_padded", "flex"]
 PATHS = get_args(Path)
@@ -30,6 +39,9 @@ PADDED_WIDTH, PADDED_FROM = 64, 2**24
 FUSED_FROM, CHUNKED_FROM_ON_GPU = 2**24, 2**27
 CHUNK_SCORES = 2**22  # held at a time through checkpoints
 CHUNK_ROWS = 64  # fewer queries at a time waste the multiplication, so rather fewer samples
+# torch's fused kernel on the CPU takes a query whose scores are all NaN for a masked one, and gives 0, where there are
+# fewer keys than numbers in a vector register (torch 2.15); with a mask it does not.
+FEW_KEYS = 64
 
 
 def attend(
@@ -70,16 +82,25 @@ def attend(
     Raises:
         BlockError: an unknown path, or one that cannot serve what is asked; see also `attention_weights`.
     """
-    if path not in PATHS:
-        raise BlockError(f"path ({path!r}) must be one of {', '.join(PATHS)}")
+    check_rows(query, key, value)
+    check_devices(query, **how)
+    if how.get("position") is not None:
+        check_position(query, key, how["position"], how.get("index"))
+    check_number("scale", scale)
+    check_number("dropout", dropout)
+    if not 0 <= dropout <= 1:
+        raise BlockError(f"dropout ({dropout}) must be a number from 0 to 1")
+    if not isinstance(path, str) or path not in PATHS:
+        raise BlockError(f"path ({path!r:.100}) must be one of {', '.join(PATHS)}")
     if path == "auto":
-        path = _chosen(query, key, value, dropout, how)
+        path = chosen_path(query, key, value, dropout, how)
     elif obstacle := obstacle_to(path, dropout, how) or _obstacle_here(path, query, key, value, how):
         raise BlockError(f"path {path!r} cannot serve {obstacle}")
     return _WAYS[path](query, key, value, scale, dropout, how)
 
 
-def _chosen(query: Tensor, key: Tensor, value: Tensor, dropout: float, how: Mapping[str, Any]) -> Path:
+def chosen_path(query: Tensor, key: Tensor, value: Tensor, dropout: float, how: Mapping[str, Any]) -> Path:
+    """What "auto" means for these tensors, of which it looks at no number; see `attend`."""
     if not obstacle_to("factored", dropout, how):
         return "factored"
     if torch.compiler.is_exporting() or query.is_meta:  # no memory to save there
@@ -198,7 +219,7 @@ def _part(how: Mapping[str, Any], samples: slice, rows: slice) -> dict[str, Any]
     """The arguments of `attention_weights` for a part of the samples and queries."""
     index, lens, mask = (how.get(name) for name in ("index", "valid_lens", "mask"))
     own = dict(how)
-    if index is not None:
+    if index is not None and how.get("position") is not None:
         own["index"] = index[rows] if index.dim() == 1 else index[samples, rows]
     if lens is not None:
         own["valid_lens"] = lens[samples] if lens.dim() == 1 else lens[samples, rows]
@@ -237,6 +258,9 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: floa
     _refuse_unknown(how)
     shape = (*query.shape[:3], key.shape[2])
     mask = allowed_keys(shape, query.device, how.get("valid_lens"), how.get("mask"))
+    few = query.device.type == "cpu" and not torch.compiler.is_exporting() and key.shape[2] < FEW_KEYS
+    if mask is None and few:
+        mask = torch.ones(1, 1, 1, key.shape[2], dtype=torch.bool)
     query, key = query.to(value.dtype), key.to(value.dtype)
     return F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale)
 

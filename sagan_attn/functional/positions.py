@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from sagan_attn.errors import BlockError
+from sagan_attn.functional.checks import check_devices, check_map, check_number, check_shape
 from sagan_attn.functional.precision import no_autocast
 
 __all__ = ["relative_logits", "relative_tables", "sinusoids"]
@@ -13,8 +15,16 @@ def relative_tables(height_rel: Tensor, width_rel: Tensor, x: Tensor, scale: flo
 
     height_rel [2*H0-1, d] and width_rel [2*W0-1, d], row o belonging to the offset o - (H0-1) from query to key;
     returns [2*H-1, d] and [2*W-1, d], times scale. At the size they were made for the tables are left as they are; at
-    another one, an offset takes the vector at the same part of the side, linearly interpolated.
+    another one, an offset takes the vector at the same part of the side, linearly interpolated. Raises `BlockError` for
+    tables of another shape or an even number of rows.
     """
+    check_map(x)
+    for name, table in (("height_rel", height_rel), ("width_rel", width_rel)):
+        check_shape(name, table, ("2*side - 1", "d"))
+        if table.shape[0] % 2 == 0:
+            raise BlockError(f"{name} has {table.shape[0]} rows: 2 * side - 1 are required")
+    check_devices(x, height_rel=height_rel, width_rel=width_rel)
+    check_number("scale", scale)
     return _resized(height_rel, x.shape[2]) * scale, _resized(width_rel, x.shape[3]) * scale
 
 

@@ -5,17 +5,24 @@ from torch import Tensor
 
 from sagan_attn.errors import BlockError
 from sagan_attn.functional.attention import check_lens
+from sagan_attn.functional.checks import check_devices, check_flag, check_floats, check_heads, check_shape, check_whole
 
 __all__ = ["causal_lens", "merge_features", "sequence_mask", "sequence_of", "split_features"]
 
 
 def split_features(x: Tensor, heads: int) -> Tensor:
-    """A sequence [B, N, h*d] as rows of positions [B, h, N, d]: a view."""
+    """A sequence [B, N, h*d] as rows of positions [B, h, N, d]: a view.
+
+    Raises `BlockError` for another shape, and for heads that do not divide the features.
+    """
+    check_shape("input", x, ("B", "N", "h*d"))
+    check_heads("the features", heads, x.shape[2])
     return x.unflatten(2, (heads, x.shape[2] // heads)).transpose(1, 2)
 
 
 def merge_features(rows: Tensor) -> Tensor:
-    """Rows of positions [B, h, N, D] as a sequence [B, N, h*D]."""
+    """Rows of positions [B, h, N, D] as a sequence [B, N, h*D]. Raises `BlockError` for another shape."""
+    check_shape("rows", rows, ("B", "h", "N", "D"))
     return rows.transpose(1, 2).flatten(2)
 
 
@@ -34,6 +41,8 @@ def sequence_mask(mask: Tensor | None) -> Tensor | None:
 
 def sequence_of(x: Tensor, name: str, size: int, batch: int | None = None, length: int | None = None) -> Tensor:
     """x itself. Raises `BlockError`, with its name, unless it is [B, N, size], with that batch and length if given."""
+    check_floats(name, x)
+    check_whole("size", size)
     if x.dim() != 3 or x.shape[2] != size or batch not in (None, x.shape[0]) or length not in (None, x.shape[1]):
         required = ["B" if batch is None else batch, "N" if length is None else length, size]
         raise BlockError(f"{name} of shape {tuple(x.shape)} must be of shape [{', '.join(map(str, required))}]")
@@ -46,8 +55,11 @@ def causal_lens(x: Tensor, valid_lens: Tensor | None, causal: bool) -> Tensor | 
     As [B, N], within valid_lens of shape [B] or [B, N]; without `causal` valid_lens as they are.
     Raises `BlockError` for lengths of another shape or kind.
     """
+    check_flag("causal", causal)
     if not causal:
         return valid_lens
+    check_shape("input", x, ("B", "N", "features"))
+    check_devices(x, valid_lens=valid_lens)
     check_lens(x.shape[0], x.shape[1], valid_lens)
     lens = torch.arange(1, x.shape[1] + 1, device=x.device).expand(x.shape[0], -1)
     if valid_lens is None:

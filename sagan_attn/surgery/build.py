@@ -12,10 +12,10 @@ from torch import nn
 
 from sagan_attn.blocks.gate import Gated
 from sagan_attn.blocks.registry import check_options, create_block, get_form
-from sagan_attn.errors import BlockError, GraftError
+from sagan_attn.errors import BlockError, GraftError, SaganAttnError, first_line
 from sagan_attn.surgery.point import Spec
 
-__all__ = ["BlockLike", "build_block", "check_identity", "default_name", "spec_of"]
+__all__ = ["BlockLike", "build_block", "check_identity", "check_mapping", "default_name", "spec_of", "try_block"]
 
 BlockLike = str | Callable[..., nn.Module]
 
@@ -35,7 +35,7 @@ def build_block(
     random state is put back.
 
     Raises:
-        BlockError: an unknown name or option, a factory that refuses its arguments or makes no module.
+        BlockError: an unknown name or option, a factory that refuses its arguments, fails or makes no module.
     """
     default_dtype = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]), device or torch.device("cpu"):
@@ -46,12 +46,25 @@ def build_block(
                 module = create_block(block, channels, **options)
             else:
                 check_options(default_name(block), block, options)
-                module = block(channels, **options)
+                module = _made(block, channels, options)
         finally:
             torch.set_default_dtype(default_dtype)
         if not isinstance(module, nn.Module):
             raise BlockError(f"block factory {block!r} made a {type(module).__name__}, not a torch.nn.Module")
         return Gated(module) if gate else module
+
+
+def _made(factory: Callable[..., nn.Module], channels: int, options: Mapping[str, Any]) -> nn.Module:
+    """What somebody's factory makes. Raises `BlockError` from what it raises itself."""
+    try:
+        return factory(channels, **options)
+    except (SaganAttnError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # somebody else's code may raise anything
+        raise BlockError(
+            f"block {default_name(factory)!r} for {channels} channels and options {dict(options)!r:.200} cannot be "
+            f"made: {first_line(error)} ({type(error).__name__})"
+        ) from error
 
 
 def spec_of(block: BlockLike, options: Mapping[str, Any], *, gate: bool, channels: int) -> Spec:
@@ -92,6 +105,12 @@ def derive_seed(seed: int, *words: str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+def check_mapping(name: str, options: Mapping[str, Any]) -> None:
+    """Raise `GraftError` unless options are a mapping from words."""
+    if not isinstance(options, Mapping) or not all(isinstance(option, str) for option in options):
+        raise GraftError(f"{name} ({options!r:.100}) must be a mapping from names of options to values")
+
+
 def check_block(block: BlockLike, options: Mapping[str, Any]) -> None:
     """Raise `BlockError` for an unknown name, an unknown option, or something that cannot make a block."""
     if isinstance(block, str):
@@ -99,13 +118,14 @@ def check_block(block: BlockLike, options: Mapping[str, Any]) -> None:
     elif callable(block) and not isinstance(block, nn.Module):
         check_options(default_name(block), block, options)
     else:
-        raise BlockError(f"block ({block!r}) must be a registered name, a class or a factory (channels) -> Module")
+        raise BlockError(f"block ({block!r:.100}) must be a registered name, a class or a factory (channels) -> Module")
 
 
 def check_identity(block: nn.Module, channels: int, height: int, width: int, must_be_identity: bool) -> None:
     """Try a copy of a block on a random map [2, channels, height, width].
 
     Raises:
+        BlockError: it fails on that map.
         GraftError: it does not keep shape and dtype, or it must start as the identity, in eval and in train mode,
             and does not.
     """
@@ -113,10 +133,23 @@ def check_identity(block: nn.Module, channels: int, height: int, width: int, mus
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.default_generator.manual_seed(0)
             x = torch.randn(2, channels, height, width, dtype=torch.float32, device="cpu")
-            y = copy.deepcopy(block).train(training)(x.clone())  # a clone, because a block may work in place
+            y = try_block(copy.deepcopy(block).train(training), x.clone())  # a clone, because a block may work in place
         _check_kept(block, x, y, must_be_identity)
     if isinstance(block, Gated) and must_be_identity and any(True for _ in block.block.parameters()):
         _check_reachable(block, x)
+
+
+def try_block(block: nn.Module, x: torch.Tensor) -> Any:
+    """What a block puts out. Raises `BlockError` from what the code of somebody else's block raises."""
+    try:
+        return block(x)
+    except (SaganAttnError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # somebody else's code may raise anything
+        raise BlockError(
+            f"block {_class(block)} does not take a map of shape {tuple(x.shape)}: {first_line(error)} "
+            f"({type(error).__name__})"
+        ) from error
 
 
 def _check_reachable(block: Gated, x: torch.Tensor) -> None:
@@ -124,7 +157,7 @@ def _check_reachable(block: Gated, x: torch.Tensor) -> None:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(0)
         inner = copy.deepcopy(block.block).train()
-        if torch.equal(inner(x.clone()), x):
+        if torch.equal(try_block(inner, x.clone()), x):
             raise GraftError(
                 f"block {_class(block)} starts as the identity by itself: behind a second gate of 0 neither would ever "
                 "get a gradient. Leave gate out"

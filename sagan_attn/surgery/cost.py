@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sagan_attn.errors import BlockError, GraftError
-from sagan_attn.surgery.build import BlockLike, build_block
+from sagan_attn.surgery.build import BlockLike, build_block, try_block
 from sagan_attn.surgery.probe import Firing, probe, quiet
 
 __all__ = ["Budget", "Cost", "cost_of", "flops_share", "probe_flops"]
@@ -64,14 +64,14 @@ class Budget:
 def cost_of(
     block: BlockLike, channels: int, sizes: Sequence[tuple[int, int, int]], options: Mapping[str, Any]
 ) -> Cost | BlockError:
-    """What a block costs on maps of those batches, heights and widths; what it says if it refuses the channels."""
+    """What a block costs on maps of those batches, heights and widths; what it says if it refuses them."""
     try:
         module = build_block(block, channels, options, seed=0, device=torch.device("meta"))
+        with quiet(module), _FlopCount() as count:
+            for batch, height, width in sizes:
+                try_block(module, torch.empty(batch, channels, height, width, device="meta"))
     except BlockError as error:
         return error
-    with quiet(module), _FlopCount() as count:
-        for batch, height, width in sizes:
-            module(torch.empty(batch, channels, height, width, device="meta"))
     shape_of: Callable[[int, int], Sequence[int]] | None = getattr(module, "attention_shape", None)
     map_bytes = None
     if shape_of is not None:

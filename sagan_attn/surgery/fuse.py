@@ -32,9 +32,10 @@ def fuse(model: nn.Module) -> nn.Module:
 
     Each grafted `SelfAttention2d`, `NonLocal2d`, `MultiHeadAttention2d` and `CrossAttention2d` becomes a
     `FusedAttention2d`, which says what is folded; so does the attention inside of encoders, decoders and gates. A
-    graft whose gamma, or whose last convolution, is exactly 0 is the identity and is left out. Any other block, a
-    class of one's own, one with forward hooks or with parts of other classes, stays as it is. The copy exports and
-    compiles; its grafts keep names and places, but their weights are of another form than those that were trained.
+    graft whose gamma, or whose last convolution, is exactly 0 is the identity and is left out, unless a number in it
+    is NaN or infinite, which then shows in the output as it did before. Any other block, a class of one's own, one
+    with forward hooks or with parts of other classes, stays as it is. The copy exports and compiles; its grafts keep
+    names and places, but their weights are of another form than those that were trained.
 
     Raises:
         GraftError: a model without grafts.
@@ -65,13 +66,13 @@ def _fused(block: nn.Module) -> nn.Module | None:
             return block
         fused = FusedAttention2d(block)
         return None if fused.is_identity() else fused
-    if isinstance(block, CONTROLS) and kind in CONTROLS and _is_zero(block.gamma):
+    if isinstance(block, CONTROLS) and kind in CONTROLS and _is_zero(block.gamma) and _is_finite(block):
         return None
     if isinstance(block, Gated) and kind is Gated:
-        inner = None if _is_zero(block.gamma) else _fused(block.block)
-        if inner is None:
+        inner = _fused(block.block)
+        if (inner is None or _is_zero(block.gamma)) and _is_finite(block):
             return None
-        block.block = inner
+        block.block = block.block if inner is None else inner
     if isinstance(block, EncoderBlock2d) and kind in (EncoderBlock2d, DecoderBlock2d):
         return _fused_layer(block)
     return block
@@ -87,7 +88,7 @@ def _fused_layer(layer: EncoderBlock2d) -> nn.Module | None:
         elif attention is not None:
             steps.append(False)
     plain = type(layer.linear2) is Pointwise and all(_is_zero(p) for p in layer.linear2.parameters())
-    return None if layer.norm_first and plain and all(steps) else layer
+    return None if layer.norm_first and plain and all(steps) and _is_finite(layer) else layer
 
 
 def _is_known(block: MapAttention) -> bool:
@@ -103,3 +104,7 @@ def _is_known(block: MapAttention) -> bool:
 
 def _is_zero(parameter: torch.Tensor | nn.Module) -> bool:
     return isinstance(parameter, torch.Tensor) and not parameter.is_meta and not parameter.count_nonzero()
+
+
+def _is_finite(block: nn.Module) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in (*block.parameters(), *block.buffers()))

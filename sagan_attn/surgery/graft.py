@@ -13,6 +13,7 @@ from sagan_attn.surgery import point as points_
 from sagan_attn.surgery.build import BlockLike
 from sagan_attn.surgery.cost import Budget
 from sagan_attn.surgery.grafts import Graft, Grafts
+from sagan_attn.surgery.place import check_model
 from sagan_attn.surgery.plan import AtMapping, Insertion, make_plan
 from sagan_attn.surgery.select import At
 from sagan_attn.surgery.undo import all_or_nothing
@@ -63,9 +64,9 @@ def graft(
         The new grafts, in the order of `at`.
 
     Raises:
-        GraftError: nothing matches; the module never fires, fires with several channel counts, or puts out
-            something else than one map; the model is compiled or wrapped; the name is taken; a block costs more than
-            it may. Nothing was changed.
+        GraftError: nothing matches; the model does not take example_input; the module never fires, fires with several
+            channel counts, or puts out something else than one map; the model is compiled or wrapped; the name is
+            taken; a block costs more than it may. Nothing was changed.
         BlockError: an unknown block, an unknown option, or a value the block refuses. Nothing was changed.
     """
     plan = make_plan(
@@ -105,6 +106,7 @@ def ungraft(model: nn.Module, names: str | Sequence[str] | None = None) -> None:
     Raises:
         GraftError: a model without grafts, or a name that fits none of them. Nothing was removed.
     """
+    check_model(model)
     grafts = grafts_of(model)
     if not grafts:
         raise GraftError(f"{type(model).__name__} has no grafts to remove")
@@ -114,6 +116,8 @@ def ungraft(model: nn.Module, names: str | Sequence[str] | None = None) -> None:
 
 
 def _named(grafts: Grafts, names: Sequence[str]) -> Grafts:
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise GraftError(f"names ({names!r:.100}) must be a name, site or path of a graft, or a list of them")
     if not names:
         raise GraftError("names is an empty list: name at least one graft")
     for name in names:

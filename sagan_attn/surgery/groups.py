@@ -1,6 +1,6 @@
 """Optimizer parameter groups for grafts: the gamma kit."""
 
-import math
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,8 +24,9 @@ def graft_groups(
 ) -> list[dict[str, Any]]:
     """See `Grafts.param_groups`. Raises `GraftError` for a value that is negative or not a number."""
     for name, value in {"lr": lr, "weight_decay": weight_decay, "gamma_lr_scale": gamma_lr_scale}.items():
-        if not 0 <= value < math.inf:
-            raise GraftError(f"{name} ({value!r}) must be a number of at least 0")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not 0 <= value <= sys.float_info.max:
+            raise GraftError(f"{name} ({value!r:.100}) must be a number of at least 0")
     groups: dict[str, dict[str, Any]] = {
         "grafts": {"params": [], "lr": lr, "weight_decay": weight_decay},
         "grafts/no_decay": {"params": [], "lr": lr, "weight_decay": 0.0},

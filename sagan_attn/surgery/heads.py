@@ -45,6 +45,8 @@ def prune_heads(model: nn.Module, heads: Mapping[str | Graft, Heads]) -> None:
             all heads of a block; values that are the output as they are (no `output` convolution); spectral norms,
             which would change with the rows. Nothing was changed.
     """
+    if not isinstance(heads, Mapping):
+        raise GraftError(f"heads ({heads!r:.100}) must be a mapping from grafts to the numbers of their heads")
     if not heads:
         raise GraftError("heads is empty: name at least one graft and the heads to remove")
     prunings: dict[int, Pruning] = {}

@@ -7,6 +7,7 @@ from typing import Any, Self
 from torch import nn
 
 from sagan_attn.errors import GraftError
+from sagan_attn.files import write_whole
 from sagan_attn.surgery.build import BlockLike
 from sagan_attn.surgery.graft import grafts_of, is_grafted
 from sagan_attn.surgery.grafts import Grafts
@@ -109,7 +110,7 @@ class HubGrafts(ModelHubMixin, library_name="sagan_attn", tags=["sagan_attn"], m
 
         Raises:
             TypeError: an unknown keyword argument, a config. Nothing was written.
-            GraftError: what `save_grafts` refuses; a folder that cannot be made.
+            GraftError: what `save_grafts` refuses; a folder that cannot be made; a README.md that cannot be written.
         """
         if push_to_hub_kwargs and not push_to_hub:  # the mixin passes over them in silence
             name = next(iter(push_to_hub_kwargs))
@@ -125,7 +126,11 @@ class HubGrafts(ModelHubMixin, library_name="sagan_attn", tags=["sagan_attn"], m
         save_grafts(self.model, folder / FILE)
         card = folder / "README.md"
         if not card.exists():
-            self.generate_model_card(**(model_card_kwargs or {})).save(card)
+            text = str(self.generate_model_card(**(model_card_kwargs or {})))
+            try:
+                write_whole(card, text.encode())
+            except OSError as error:
+                raise GraftError(f"the grafts are written, their {card.name} is not: {error}") from error
         if not push_to_hub:
             return None
         return self.push_to_hub(

@@ -6,7 +6,13 @@ from sagan_attn.errors import GraftError
 from sagan_attn.surgery.point import CHILD, GraftPoint
 from sagan_attn.surgery.probe import is_compiled
 
-__all__ = ["check_anchor", "check_open"]
+__all__ = ["check_anchor", "check_model", "check_open"]
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise `GraftError` for what is no model."""
+    if not isinstance(model, nn.Module):
+        raise GraftError(f"model must be a torch.nn.Module, not a {type(model).__name__}")
 
 
 def check_anchor(model: nn.Module, name: str) -> None:
@@ -35,7 +41,8 @@ def _may_collect(module: nn.Module) -> bool:
 
 
 def check_open(model: nn.Module, name: str) -> None:
-    """Raise `GraftError` if the module of that name, "" for the model, is compiled or wrapped."""
+    """Raise `GraftError` if the module of that name, "" for the model, is compiled or wrapped, or is none."""
+    check_model(model)
     module = model.get_submodule(name)
     if is_compiled(module):
         raise GraftError(f"{name or 'the model'!r} is compiled and would ignore a graft: graft first, then compile")

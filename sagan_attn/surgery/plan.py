@@ -9,18 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from sagan_attn.errors import BlockError, GraftError
+from sagan_attn.errors import BlockError, GraftError, first_line
 from sagan_attn.surgery.build import (
     BlockLike,
     build_block,
     check_block,
     check_identity,
+    check_mapping,
     default_name,
     derive_seed,
     spec_of,
 )
 from sagan_attn.surgery.cost import Budget, cost_of, flops_share, probe_flops
-from sagan_attn.surgery.place import check_anchor
+from sagan_attn.surgery.place import check_anchor, check_model
 from sagan_attn.surgery.point import CHILD, GraftPoint, Spec
 from sagan_attn.surgery.probe import default_example, map_size, probe
 from sagan_attn.surgery.select import At, anchor_of, select
@@ -70,6 +71,9 @@ def make_plan(
     budget: Budget,
 ) -> list[Insertion]:
     """The insertions that `graft` with these arguments makes. Raises what `graft` raises; changes nothing."""
+    check_model(model)
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise GraftError(f"seed ({seed!r:.100}) must be a whole number")
     where = Where(model, lambda: _worked_out_example(model, "its stages") if example_input is None else example_input)
     requests = _requests(model, at, block, name, gate, options, where)
     places = locate(model, requests, example_input)
@@ -81,7 +85,7 @@ def make_plan(
 def locate(model: nn.Module, requests: list[Request], example_input: Any) -> dict[str, tuple[str, nn.Module, Maps]]:
     """Site -> name and module of the anchor, and the maps there, for each request.
 
-    Raises `GraftError` for a place that cannot take the block, and what the model raises on `example_input`.
+    Raises `GraftError` for a place that cannot take the block, and an `example_input` that the model does not take.
     """
     anchors = {request.site: anchor_of(model, request.site) for request in requests}
     for request in requests:
@@ -109,6 +113,7 @@ def _requests(
     meaning: Callable[[str], str],
 ) -> list[Request]:
     """Each place with its block and options, in order; blocks, options and names checked."""
+    check_mapping("options", {} if options is None else options)
     if isinstance(at, Mapping):
         if options:
             raise GraftError("options do not go with a mapping: put them beside the block, {site: {'block': ..., ...}}")
@@ -117,14 +122,15 @@ def _requests(
         entries = []
         for key, value in at.items():
             own: dict[str, Any] = dict(value) if isinstance(value, Mapping) else {"block": value}
+            check_mapping(f"at[{key!r:.100}]", own)
             where = list(key) if isinstance(key, tuple) else key
             entries.append((where, own.pop("block", block), own.pop("gate", gate), own.pop("name", name), own))
     else:
         entries = [(at, block, gate, name, dict(options or {}))]
     requests = []
     for where, own_block, own_gate, own_name, own in entries:
-        if own_gate not in (None, True, False):
-            raise GraftError(f"gate ({own_gate!r}) must be True, False or None")
+        if own_gate is not None and not isinstance(own_gate, bool):
+            raise GraftError(f"gate ({own_gate!r:.100}) must be True, False or None")
         check_block(own_block, own)
         graft_name = default_name(own_block) if own_name is None else own_name
         check_name(graft_name)
@@ -139,7 +145,7 @@ def check_name(name: Any) -> None:
     """Raise `GraftError` for what cannot be the name of a graft."""
     valid = isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name)
     if not valid or hasattr(GraftPoint("NCHW"), name):
-        raise GraftError(f"name ({name!r}) must be an identifier that torch.nn.Module does not use itself")
+        raise GraftError(f"name ({name!r:.100}) must be an identifier that torch.nn.Module does not use itself")
 
 
 def _check_place(model: nn.Module, request: Request, anchor_name: str, anchor: nn.Module) -> None:
@@ -193,10 +199,11 @@ def _worked_out_example(model: nn.Module, where: str) -> Any:
     example_input = default_example(model)
     try:
         probe(model, example_input, {})
-    except Exception as error:  # whatever a model may raise on an input it is not made for
+    except GraftError as error:
+        why = first_line(error.__cause__ or error)
         raise GraftError(
             f"the channels at {where} cannot be worked out: {type(model).__name__} does not take an input "
-            f"of shape {tuple(example_input.shape)} ({error}); pass example_input"
+            f"of shape {tuple(example_input.shape)} ({why}); pass example_input"
         ) from error
     return example_input
 

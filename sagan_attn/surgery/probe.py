@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from sagan_attn.errors import GraftError
+from sagan_attn.errors import GraftError, first_line
 
 __all__ = ["Firing", "default_example", "is_compiled", "map_size", "probe", "quiet"]
 
@@ -50,13 +50,13 @@ def probe(model: nn.Module, example_input: Any, modules: Mapping[str, nn.Module]
     and generators are as before. A tuple is passed as positional arguments, a dict as keyword arguments, anything
     else as the one argument; tensors go to the device and floating dtype of the model's parameters.
 
-    Raises whatever the model raises on that input, with a note that says so.
+    Raises `GraftError` for an input that the model does not take, from what the model itself raises.
     """
-    example_input = _like_parameters(model, example_input)
     log: Log = []
     firings = {name: Firing(log=log) for name in modules}
     order = itertools.count()
     handles = []
+    example_input = _like_parameters(model, example_input)
     try:
         for module in model.modules():
             if not is_compiled(module):
@@ -65,19 +65,30 @@ def probe(model: nn.Module, example_input: Any, modules: Mapping[str, nn.Module]
             if not isinstance(module, torch.jit.ScriptModule):  # takes no hooks
                 handles.append(module.register_forward_hook(_recorder(firings[name], order), with_kwargs=True))
         with quiet(model):
-            if isinstance(example_input, tuple):
-                model(*example_input)
-            elif isinstance(example_input, dict):
-                model(**example_input)
-            else:
-                model(example_input)
-    except Exception as error:
-        error.add_note("raised by the model itself on example_input, while looking for its feature maps")
-        raise
+            _run(model, example_input)
     finally:
         for handle in handles:
             handle.remove()
     return firings
+
+
+def _run(model: nn.Module, example_input: Any) -> None:
+    try:
+        if isinstance(example_input, tuple):
+            model(*example_input)
+        elif isinstance(example_input, dict):
+            model(**example_input)
+        else:
+            model(example_input)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a model may raise on an input it is not made for
+        raise _refusal(model, error) from error
+
+
+def _refusal(model: nn.Module, error: Exception) -> GraftError:
+    words = f"{first_line(error)} ({type(error).__name__})"
+    return GraftError(f"example_input is none that {type(model).__name__} takes: {words}")
 
 
 @contextmanager
@@ -157,6 +168,9 @@ def _like_parameters(model: nn.Module, example_input: Any) -> Any:
     def move(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        return leaf.to(parameter.device, parameter.dtype if leaf.is_floating_point() else leaf.dtype)
+        try:
+            return leaf.to(parameter.device, parameter.dtype if leaf.is_floating_point() else leaf.dtype)
+        except NotImplementedError as error:  # a tensor without values
+            raise _refusal(model, error) from error
 
     return pytree.tree_map(move, example_input)

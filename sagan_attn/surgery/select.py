@@ -38,9 +38,12 @@ def select(model: nn.Module, at: At, where: Callable[[str], str] | None = None) 
     Raises:
         GraftError: nothing matched; the message lists near names. Or what `where` raises.
     """
-    if isinstance(at, Sequence) and not isinstance(at, str):
+    if isinstance(at, Sequence) and not isinstance(at, (str, bytes)):
         if not at:
             raise GraftError("at is an empty list: name at least one module")
+        for part in at:
+            if not isinstance(part, (str, re.Pattern)):
+                raise GraftError(f"at names {part!r:.100}, which is no module name, glob or compiled regex")
         return list(dict.fromkeys(name for part in at for name in select(model, part, where)))
     names = host_names(model)
     if where is not None and isinstance(at, str) and at.startswith(MEANINGS) and at not in names:
@@ -55,7 +58,9 @@ def select(model: nn.Module, at: At, where: Callable[[str], str] | None = None) 
         found = [at] if at in names else []
         shown = f"name {at!r}"
     else:
-        raise GraftError(f"at ({at!r}) must be a module name, a glob, a compiled regex, a list of them or a mapping")
+        raise GraftError(
+            f"at ({at!r:.100}) must be a module name, a glob, a compiled regex, a list of them or a mapping"
+        )
     if not found:
         word = at if isinstance(at, str) else at.pattern
         near = difflib.get_close_matches(word, names, n=5, cutoff=0.5) or names[:5]
@@ -85,8 +90,10 @@ def is_plain_sequential(module: nn.Module) -> bool:
 
 
 def _matches(name: list[str], pattern: list[str]) -> bool:
-    if not pattern:
-        return not name
-    if pattern[0] == "**":
-        return any(_matches(name[i:], pattern[1:]) for i in range(len(name) + 1))
-    return bool(name) and fnmatchcase(name[0], pattern[0]) and _matches(name[1:], pattern[1:])
+    reached = {0}  # how many parts of the name what came so far of the pattern may stand for
+    for part in pattern:
+        if part == "**":
+            reached = set(range(min(reached, default=len(name) + 1), len(name) + 1))
+        else:
+            reached = {n + 1 for n in reached if n < len(name) and fnmatchcase(name[n], part)}
+    return len(name) in reached

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from sagan_attn.errors import BlockError, GraftError
-from sagan_attn.surgery.build import BlockLike, check_block
+from sagan_attn.surgery.build import BlockLike, check_block, check_mapping
 from sagan_attn.surgery.cost import Budget, Cost, cost_of, flops_share, probe_flops
 from sagan_attn.surgery.place import check_anchor, check_open
 from sagan_attn.surgery.probe import Firing, Log, default_example, map_size
@@ -16,6 +16,7 @@ from sagan_attn.surgery.select import anchor_of, host_names
 __all__ = ["Maps", "Site", "check_calls", "find_places", "maps_of", "sites", "sort_sites", "survey", "within"]
 
 Layout = Literal["NCHW", "NHWC"]
+CHANNELS_FIRST = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)
 SortBy = Literal["name", "flops", "parameters", "map_bytes", "positions", "resolution", "flops_share"]
 
 
@@ -126,6 +127,7 @@ def survey(
 ) -> tuple[list[Site], int]:
     """All sites in the order of the model, and the FLOPs of the model itself. Raises what `sites` raises."""
     check_open(model, "")
+    check_mapping("options", {} if options is None else options)
     check_block(block, options or {})
     if example_input is None:
         example_input = default_example(model)
@@ -206,14 +208,17 @@ def check_calls(site: str, own: Firing, anchor_name: str, anchor: Firing) -> Non
 def _layout(firing: Firing, call: int, image_size: tuple[int, int] | None) -> Layout:
     """Whether a map is [B, C, H, W] or [B, H, W, C]: its two sides must be to each other as the image's are.
 
-    Where both fit (C = H = W), what the class of the module puts out elsewhere in the model decides. If that says
+    Sides of a few pixels may fit the wrong way round: a map of the very shape that a convolution puts out is one of
+    it. Where both fit (C = H = W), what the class of the module puts out elsewhere in the model decides. If that says
     nothing, so does the class of the last module before it with a map of the same shape. Without any such evidence
     it is taken as the usual [B, C, H, W].
     """
     shape = firing.shapes[call]
+    before = firing.log[: firing.ends[call]] if firing.ends else []
     if certain := _fitting(shape, image_size):
-        return certain
-    for kind, other in reversed(firing.log[: firing.ends[call]] if firing.ends else []):
+        first = any(other == shape and issubclass(kind, CHANNELS_FIRST) for kind, other in before)
+        return "NCHW" if first else certain
+    for kind, other in reversed(before):
         if other == shape and (seen := _readings(kind, firing.log, image_size)):
             return "NHWC" if seen == {"NHWC"} else "NCHW"
     return "NCHW"
@@ -221,7 +226,7 @@ def _layout(firing: Firing, call: int, image_size: tuple[int, int] | None) -> La
 
 def _readings(kind: type[nn.Module], log: Log, image_size: tuple[int, int] | None) -> set[Layout]:
     """The layouts that maps of a class of modules certainly have."""
-    if issubclass(kind, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
+    if issubclass(kind, CHANNELS_FIRST):
         certain: set[Layout] = {"NCHW"}
         return certain
     found: set[Layout] = set()

@@ -103,7 +103,7 @@ def find_stages(model: nn.Module, example_input: Any) -> list[Stage]:
     they begin at the first resolution.
 
     Raises:
-        GraftError: the model is compiled or wrapped. Or whatever the model raises on that input.
+        GraftError: the model is compiled or wrapped, or does not take that input.
     """
     check_open(model, "")
     names = host_names(model)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save
 
 from sagan_attn import __version__
-from sagan_attn.files import write_whole
+from sagan_attn.files import no_formula, write_whole
 from sagan_attn.training.run import RunPaths, write_json, write_text
 
 __all__ = ["RunFolder"]
@@ -80,8 +80,9 @@ class RunFolder(L.Callback):
     def write_predictions(self, batches: Sequence[torch.Tensor], classes: Sequence[str]) -> None:
         """predictions.csv: for each image of the test split, in its order, the class and each class's probability."""
         probabilities = torch.cat(list(batches))
-        table = pd.DataFrame(probabilities.numpy(), columns=list(classes))
-        table.insert(0, "prediction", [classes[i] for i in probabilities.argmax(dim=1).tolist()])
+        names = [no_formula(name) for name in classes]  # folders' names, which spreadsheets would compute
+        table = pd.DataFrame(probabilities.numpy(), columns=names)
+        table.insert(0, "prediction", [names[i] for i in probabilities.argmax(dim=1).tolist()], allow_duplicates=True)
         table.index.name = "index"
         write_text(self.paths.predictions, table.to_csv())
 

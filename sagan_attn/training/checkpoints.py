@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from sagan_attn.errors import CheckpointError, ConfigError
+from sagan_attn.errors import CheckpointError, ConfigError, one_line
 from sagan_attn.files import write_whole
-from sagan_attn.training.run import RunPaths, read_checkpoint
+from sagan_attn.training.run import RunPaths, read_checkpoint, read_config
 
 __all__ = ["WholeFileIO", "check_averaging", "check_resume", "checkpoint_callbacks", "newest_checkpoint"]
 
@@ -35,6 +34,10 @@ class WholeFileIO(TorchCheckpointIO):
     lack of permission.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._written_to: set[Path] = set()  # folders
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         if storage_options is not None:
             raise TypeError(f"storage_options ({storage_options!r}) must be None: checkpoints are local files")
@@ -42,6 +45,28 @@ class WholeFileIO(TorchCheckpointIO):
         torch.save(checkpoint, buffer)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, buffer.getbuffer())
+        self._written_to.add(Path(path).parent.resolve())
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """As `read_checkpoint`, whatever weights_only says: on the CPU, and no code of the file is run."""
+        return read_checkpoint(path)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove a file beside those that were written, and nothing else.
+
+        Lightning takes the path of the last best checkpoint from the checkpoint that a run goes on from, which may come
+        from anybody, and would remove a folder with all that is in it.
+        """
+        try:
+            real = Path(path).resolve()
+        except (OSError, RuntimeError, ValueError):  # a circle of links, a name that no file can have
+            return
+        if real.is_file() and real.suffix == ".ckpt" and real.parent in self._written_to:
+            real.unlink()
+        elif real.exists():
+            print(f"not removed: {one_line(path)}, which the checkpoint names as the one before, is none of this run's")
 
 
 def checkpoint_callbacks(paths: RunPaths) -> list[ModelCheckpoint]:
@@ -80,10 +105,11 @@ def check_resume(config: dict[str, Any], paths: RunPaths) -> None:
 
     Raises:
         ConfigError: the differences, by name; or a folder without a run.
+        CheckpointError: the run's config cannot be read.
     """
     if not paths.config.is_file():
         raise ConfigError(f"{paths.folder} holds no run to go on with: {paths.config.name} is missing")
-    before, now = _flat(yaml.safe_load(paths.config.read_text(encoding="utf-8"))), _flat(config)
+    before, now = _flat(read_config(paths)), _flat(config)
     decides = [
         key
         for key in sorted({*before, *now})

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -21,7 +22,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from sagan_attn.errors import ConfigError, SaganAttnError
+from sagan_attn.errors import ConfigError, SaganAttnError, one_line
 from sagan_attn.training.allocator import keep_freed_memory
 from sagan_attn.training.callbacks import RunFolder
 from sagan_attn.training.checkpoints import (
@@ -32,9 +33,12 @@ from sagan_attn.training.checkpoints import (
     newest_checkpoint,
 )
 from sagan_attn.training.data import ImageData
+from sagan_attn.training.finite import FiniteGuard
 from sagan_attn.training.hosts import host_preprocess
-from sagan_attn.training.logger import EpochCSV
+from sagan_attn.training.logger import EpochCSV, full_disk_of
+from sagan_attn.training.memory import OutOfMemoryNote, is_out_of_memory, out_of_memory_words
 from sagan_attn.training.module import ClassifierModule
+from sagan_attn.training.parser import ConfigParser
 from sagan_attn.training.profiler import NoProfiler
 from sagan_attn.training.progress import SecondBar
 from sagan_attn.training.random_state import RandomState
@@ -68,6 +72,7 @@ class SaganCLI(LightningCLI):
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
+            parser_class=ConfigParser,
             args=list(args) if args is not None else None,
         )
 
@@ -91,6 +96,8 @@ class SaganCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """As Lightning's, without its warning about calls from Python, which here are ablations and demonstrations."""
         self.config = parser.parse_args(args)
+        if self.options.trainer is None:
+            raise ConfigError("trainer (None) must be a mapping of its arguments, which may be empty: {}")
 
     def _parse_ckpt_path(self) -> None:
         """Leave the checkpoint alone: see the class."""
@@ -111,6 +118,7 @@ class SaganCLI(LightningCLI):
         options, command = self.options, self.config["subcommand"]
         if options.trainer.precision is None:
             options.trainer.precision = best_precision(str(options.trainer.accelerator))
+        options.weights_only = True  # checkpoints hold no code
         paths = RunPaths(self._run_dir())
         options.run_dir = str(paths.folder)
         if checkpoint := self._newest(paths) if options.resume else self._given(paths):
@@ -176,7 +184,8 @@ class SaganCLI(LightningCLI):
         elif checkpoint and Path(checkpoint).resolve().parent.name == "checkpoints":
             folder = Path(checkpoint).resolve().parent.parent
         elif self.config["subcommand"] == "fit" and not checkpoint:
-            folder = Path("runs") / f"{options.model.host.name.replace('/', '-')}-{datetime.now():%Y%m%d-%H%M%S}"
+            name = re.sub(r"[^\w.-]", "-", options.model.host.name)
+            folder = Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
         else:
             raise ConfigError(
                 f"{self.config['subcommand']} needs a run: --run_dir <folder>, or --ckpt_path "
@@ -205,7 +214,9 @@ class SaganCLI(LightningCLI):
         config_text = yaml.safe_dump(self._saved_config(), sort_keys=False)
         self.folder = RunFolder(paths, config_text, resumed=bool(self.options.get("ckpt_path")))
         trainer = self.config_init[self.config["subcommand"]].trainer
-        callbacks = [*_listed(trainer.callbacks), self.folder]
+        callbacks = [*_listed(trainer.callbacks), self.folder, OutOfMemoryNote()]
+        if not any(isinstance(callback, FiniteGuard) for callback in callbacks):
+            callbacks.append(FiniteGuard())
         if trainer.enable_checkpointing is not False and not trainer.fast_dev_run:
             callbacks += [RandomState(), *checkpoint_callbacks(paths)]
             if fitting:
@@ -231,7 +242,8 @@ class SaganCLI(LightningCLI):
             print(f"the run in {self.folder.paths.folder} is complete")
             return
         started = time.perf_counter()
-        self.trainer.fit(**arguments)
+        with full_disk_of(self.folder.paths.folder):
+            self.trainer.fit(**arguments)
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             metrics = self.trainer.callback_metrics
             accuracy = f", validation accuracy {metrics['val/accuracy']:.4f}" if "val/accuracy" in metrics else ""
@@ -270,7 +282,11 @@ def quieten() -> None:
     ):
         warnings.filterwarnings("ignore", message=message)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(lambda record: "litlogger" not in record.getMessage())
+        logging.getLogger(name).addFilter(_no_advertisement)  # one function, which is not added twice
+
+
+def _no_advertisement(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage()
 
 
 def _listed(value: Any) -> list[Any]:
@@ -314,6 +330,11 @@ def main(arguments: Sequence[str] | None = None, *, default_config: Path | None 
             return 128 + signal.SIGINT
         raise
     except (SaganAttnError, MisconfigurationException, OSError) as error:  # OSError: a full disk, no permission
-        print(f"error: {_message(error)}", file=sys.stderr)
+        print(f"error: {one_line(_message(error))}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: {out_of_memory_words(error)}", file=sys.stderr)
         return 1
     return 0

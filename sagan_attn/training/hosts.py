@@ -1,7 +1,6 @@
 """Hosts by name: torchvision's and timm's models, and those of `small_hosts`."""
 
 import difflib
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from sagan_attn.errors import ConfigError
 from sagan_attn.surgery import grafts_of
 from sagan_attn.training.data import Preprocess
 from sagan_attn.training.small_hosts import SMALL_HOSTS, small_host
+from sagan_attn.training.tensor_files import load_tensors
 
 __all__ = ["HostConfig", "build_host", "find_head", "host_preprocess", "resolve_host"]
 
@@ -172,7 +172,7 @@ def _load_weights(model: nn.Module, path: Path, num_classes: int) -> None:
 
         read: Callable[[Path], Any] = load_file
     else:
-        read = functools.partial(torch.load, map_location="cpu", weights_only=True)
+        read = load_tensors
     try:
         state: Any = read(path)
         state = {str(key): value.detach() for key, value in state.get("state_dict", state).items()}

@@ -1,5 +1,9 @@
-"""metrics.csv: one row an epoch."""
+"""metrics.csv: one row an epoch; and TensorBoard on a full disk."""
 
+import io
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -7,15 +11,20 @@ import pandas as pd
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from sagan_attn.errors import CheckpointError
+from sagan_attn.files import read_text
 from sagan_attn.training.run import write_text
 
-__all__ = ["EpochCSV"]
+__all__ = ["EpochCSV", "full_disk_of"]
+
+MAX_BYTES = 100_000_000
 
 
 class EpochCSV(Logger):
     """Logs to one CSV file, a row an epoch and a column a metric; rows of an earlier part of the run are kept.
 
-    Lightning's CSVLogger writes a row for each call of `log` and deletes the file of a run that is continued.
+    Lightning's CSVLogger writes a row for each call of `log` and deletes the file of a run that is continued. Raises
+    `CheckpointError` for a file that is there and none of this class.
     """
 
     def __init__(self, path: Path) -> None:
@@ -23,8 +32,15 @@ class EpochCSV(Logger):
         self.path = path
         self._rows: dict[int, dict[str, float]] = {}
         if path.is_file():
-            for row in pd.read_csv(path).to_dict("records"):
-                self._rows[int(row["epoch"])] = {str(k): v for k, v in row.items() if not pd.isna(v)}
+            try:
+                for row in pd.read_csv(io.StringIO(read_text(path, MAX_BYTES))).to_dict("records"):
+                    numbers = {str(k): float(v) for k, v in row.items() if not pd.isna(v)}
+                    whole = {key: int(numbers[key]) for key in ("epoch", "step") if key in numbers}
+                    self._rows[whole["epoch"]] = numbers | whole
+            except (KeyError, ValueError, OverflowError) as error:
+                raise CheckpointError(
+                    f"{path} is not the log of a run, a row of numbers an epoch: {error}; take it away to go on without"
+                ) from error
 
     @property
     def rows(self) -> list[dict[str, float]]:
@@ -62,4 +78,29 @@ class EpochCSV(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        self.save()
+        if self.path.parent.is_dir():  # else the fit failed at once, and its folder has been removed
+            self.save()
+
+
+@contextmanager
+def full_disk_of(folder: Path) -> Iterator[None]:
+    """Names the run folder in an `OSError` of TensorBoard, which names no file.
+
+    TensorBoard writes in a thread, whose error is raised again where it is next called: the thread's own traceback is
+    left out.
+    """
+    before = threading.excepthook
+
+    def report(of: threading.ExceptHookArgs) -> None:
+        if not (issubclass(of.exc_type, OSError) and type(of.thread).__module__.startswith("tensorboard.")):
+            before(of)
+
+    threading.excepthook = report
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(folder)) from error
+    finally:
+        threading.excepthook = before

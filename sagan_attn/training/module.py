@@ -151,21 +151,24 @@ class ClassifierModule(L.LightningModule):
         self.train_loss.add(loss, len(images))  # logged once an epoch
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
         logits = self(images).float()
         self.val_accuracy.update(logits, labels)
         loss = F.cross_entropy(logits, labels)
         self.log("val/loss", loss, batch_size=len(images), sync_dist=True)
         self.log("val/accuracy", self.val_accuracy, prog_bar=True)
+        return loss
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
         logits = self(images).float()
         self.test_accuracy.update(logits, labels)
-        self.log("test/loss", F.cross_entropy(logits, labels), batch_size=len(images))
+        loss = F.cross_entropy(logits, labels)
+        self.log("test/loss", loss, batch_size=len(images))
         self.log("test/accuracy", self.test_accuracy)
         self.test_outputs.append((logits.cpu(), labels.cpu()))
+        return loss
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Probabilities [B, classes]."""

@@ -11,6 +11,7 @@ from sagan_attn.errors import ConfigError, GraftError
 from sagan_attn.surgery import graft, prune_heads
 from sagan_attn.surgery.probe import quiet
 from sagan_attn.training.hosts import HostConfig, build_host
+from sagan_attn.training.memory import is_out_of_memory
 
 __all__ = ["GraftConfig", "build_network"]
 
@@ -75,6 +76,8 @@ def _check_output(network: nn.Module, name: str, example: Tensor, num_classes: i
         with quiet(network):
             output = network(example)
     except Exception as error:  # whatever a model may raise on an image it is not made for
+        if is_out_of_memory(error):
+            raise
         hint = "; host.small_images: true makes it one for small images" if shape[-1] < 64 else ""
         raise ConfigError(f"host {name!r} does not take images of shape {shape}: {error}{hint}") from error
     if not isinstance(output, Tensor) or output.shape != (len(example), num_classes):

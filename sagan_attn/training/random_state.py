@@ -8,8 +8,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from sagan_attn.errors import CheckpointError
+
 __all__ = ["RandomState"]
 
+NUMBERS = 624  # of the Mersenne Twister
 KEY = "random_states"  # in the checkpoint: of each process, in the order of their ranks
 
 
@@ -56,10 +59,12 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Set what `random_state` gave."""
-    name, keys, *rest = state["numpy"]
+    """Set what `random_state` gave. Raises `CheckpointError` for what no generator can be in."""
+    name, keys, place, *rest = state["numpy"]
+    if keys.shape != (NUMBERS,) or not 0 <= place <= NUMBERS:  # NumPy would read on from there, outside of them
+        raise CheckpointError(f"the checkpoint's state of NumPy's generator is none: place {place} of {len(keys)}")
     random.setstate(state["python"])
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    np.random.set_state((name, keys.numpy().astype(np.uint32), place, *rest))
     torch.set_rng_state(state["torch"].cpu())
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)

@@ -81,6 +81,8 @@ def resolve_config(config: Mapping[str, Any], where: str) -> Resolved:
     Raises `ConfigError` or another of the library's errors, naming `where` and what is wrong: an unknown key, a value
     of another type, an option that the model or the data refuse.
     """
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"{where}: a training config must be a mapping of keys, not {type(config).__name__}")
     try:
         return _Resolver(["fit", "--config", yaml.safe_dump(dict(config))]).resolved()
     except (argparse.ArgumentError, TypeError, SystemExit, yaml.YAMLError) as error:

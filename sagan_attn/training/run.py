@@ -21,16 +21,21 @@ from typing import Any
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from sagan_attn.errors import CheckpointError
-from sagan_attn.files import PART, write_whole
+from sagan_attn.files import PART, read_text, write_whole
 from sagan_attn.training.data import Preprocess
 from sagan_attn.training.hosts import HostConfig
 from sagan_attn.training.module import check_fit
 from sagan_attn.training.network import GraftConfig, build_network
+from sagan_attn.training.tensor_files import load_tensors
 
-__all__ = ["Run", "RunPaths", "load_run", "read_checkpoint", "write_json", "write_text"]
+__all__ = ["Run", "RunPaths", "load_run", "read_checkpoint", "read_config", "write_json", "write_text"]
+
+
+MAX_BYTES = 10_000_000  # of a config, or the names of many classes
+MAX_VALUES = 200_000  # of which aliases in YAML can make more than there are bytes
 
 
 class RunPaths:
@@ -91,15 +96,20 @@ def load_run(path: str | Path, checkpoint: str = "best") -> Run:
     paths = RunPaths(path)
     if not paths.folder.is_dir():
         raise CheckpointError(f"there is no run folder {path}")
-    config = _read(paths.config, yaml.safe_load)
+    config = read_config(paths)
     classes = _read(paths.classes, json.loads)
-    transform = Preprocess.from_dict(_read(paths.transform, json.loads))
+    sizes = _read(paths.transform, json.loads)
+    if not isinstance(sizes, dict):
+        raise CheckpointError(f"{paths.transform} is not the transform of a run: it must be a mapping")
+    transform = Preprocess.from_dict(sizes)
     try:
         model_config = config["model"]
         host = HostConfig(**{**model_config["host"], "pretrained": False, "weights": None})
         grafts = [GraftConfig(**graft) for graft in model_config["grafts"] or []]
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{paths.config} is not the config of a run: {error!r}") from error
+    if not isinstance(host.name, str) or not isinstance(host.options, dict):
+        raise CheckpointError(f"{paths.config} is not the config of a run: its host has no name or no options")
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise CheckpointError(f"{paths.classes} is not a list of class names")
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced, so nobody else's should change
@@ -112,6 +122,14 @@ def load_run(path: str | Path, checkpoint: str = "best") -> Run:
     return Run(paths.folder, model.eval(), classes, transform, config)
 
 
+def read_config(paths: RunPaths) -> dict[str, Any]:
+    """The config of a run, as it is in its folder. Raises `CheckpointError`."""
+    config = _read(paths.config, yaml.safe_load)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{paths.config} is not the config of a run: it must be a mapping")
+    return config
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """The content of a checkpoint, its tensors on the CPU. No code of the file is run.
 
@@ -121,13 +139,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_tensors(path)
     except Exception as error:  # damaged and foreign files fail in many ways
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path} is not a whole checkpoint of this library: {reason}") from error
     state = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not any(str(key).startswith("network.") for key in state):
+    if not isinstance(state, dict) or not any(isinstance(key, str) and key.startswith("network.") for key in state):
         raise CheckpointError(f"{path} is not a whole checkpoint of this library: it holds no network")
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta or value.is_quantized:
+            raise CheckpointError(f"{path} is not a whole checkpoint of this library: {key!r:.100} is no plain tensor")
     return content
 
 
@@ -135,9 +156,16 @@ def _read(path: Path, parse: Any) -> Any:
     if not path.is_file():
         raise CheckpointError(f"{path.parent} is not a whole run folder: {path.name} is missing")
     try:
-        return parse(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        content = parse(read_text(path, MAX_BYTES))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path} cannot be read: {str(error) or type(error).__name__}") from error
+    values, found = 0, [content]
+    while found and values < MAX_VALUES:
+        values, one = values + 1, found.pop()
+        found += one.values() if isinstance(one, dict) else one if isinstance(one, list) else []
+    if found:
+        raise CheckpointError(f"{path} has more than {MAX_VALUES:,} values: it is of no run")
+    return content
 
 
 def write_text(path: Path, text: str) -> None:

@@ -69,7 +69,10 @@ class KeepGoing(Checkpoint):  # Lightning puts these last, after those that chan
         self._saved = time.monotonic()
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
             # after Lightning's own, which talks to other processes from inside of the handler
-            self._handlers = {signum: signal.signal(signum, self._receive) for signum in SIGNALS}
+            heard = [
+                signum for signum in SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN
+            ]  # as a shell's jobs
+            self._handlers = {signum: signal.signal(signum, self._receive) for signum in heard}
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         for signum, handler in self._handlers.items():

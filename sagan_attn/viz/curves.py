@@ -71,7 +71,7 @@ def has_curves(metrics: Path) -> bool:
     """Whether `training_curves` finds anything in a file."""
     try:
         return bool(_groups(metrics))
-    except (CheckpointError, ValueError, OSError):
+    except (CheckpointError, ValueError, OSError, csv.Error):
         return False
 
 

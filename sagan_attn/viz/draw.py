@@ -27,6 +27,7 @@ MAP = "viridis"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
 RC: Any = {
     "text.parse_math": False,
+    "text.usetex": False,  # names would be programs
     "svg.fonttype": "path",
     "svg.hashsalt": "sagan_attn",
     "pdf.fonttype": 42,

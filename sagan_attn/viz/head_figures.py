@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from sagan_attn.files import no_formula
 from sagan_attn.viz.cells import Places
 from sagan_attn.viz.record import AttentionRecord
 
@@ -136,7 +137,7 @@ def label(name: str) -> str:
 def _cell(value: object) -> str:
     if isinstance(value, float):
         return "" if math.isnan(value) else f"{value:.6g}"
-    text = str(value)
+    text = str(no_formula(value))
     return '"' + text.replace('"', '""') + '"' if any(letter in text for letter in ',"\n') else text
 
 

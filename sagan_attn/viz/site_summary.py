@@ -118,7 +118,8 @@ def _bars(below: Any, figures: Sequence[HeadFigures], record: Any) -> None:
 
 def summary_page(seen: Look, path: str, queries: Sequence[int]) -> str:
     """The figure and a table of the heads as one HTML page."""
-    record, out = seen.records[path], io.BytesIO()
+    record = seen.records[path]
+    out = io.BytesIO()
     with style():
         summary_figure(seen, path, queries).savefig(out, format="png", dpi=130)
     shown = [name for name in COLUMNS if name not in ("site", "path", "images", "queries", "keys")]

@@ -249,6 +249,31 @@ def test_divergence_is_an_outcome(tmp_path: Path):
     ((result,), _, problems) = read_results(store.folder)
     assert not problems
     assert result["outcome"] == "diverged"
+    assert result["divergence"].startswith("step 1 (epoch 0, batch 1): the loss is nan")  # and there it ended
+    assert result["metrics"]["val/accuracy"] is None
+    assert result["cost"]["train_seconds"] > 0
+    assert not store.file(result["key"], "logits.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_lack_of_memory_names_the_graft(planned: tuple[Store, dict[str, Any]], monkeypatch: pytest.MonkeyPatch):
+    from sagan_attn.blocks import SelfAttention2d
+
+    forward = SelfAttention2d.forward
+
+    def fails(block: Any, x: torch.Tensor, mask: Any = None) -> torch.Tensor:
+        if block.training and len(x) == SMALL["data.init_args.batch_size"]:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 5000000000 bytes.")
+        return forward(block, x, mask)
+
+    monkeypatch.setattr(SelfAttention2d, "forward", fails)
+    store, plan = planned
+    key = cell_of(plan, "sagan", seed=1005)["key"]
+    assert run_cell(store.folder, key, 1) == FAILED
+    failure = json.loads(store.file(key, "failure.json").read_text())
+    assert failure["kind"] == "out of memory"
+    assert "(asked for 5.0 GB) in training, met in 'local.act.grafts.sagan'" in failure["message"]
+    assert "of graft 'sagan' at 'local', on maps of 12 x 12" in failure["message"]
 
 
 def test_the_screen_chooses(tmp_path: Path):

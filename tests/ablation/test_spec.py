@@ -51,6 +51,7 @@ REFUSED = {
     "base is missing": {"base": ...},
     "cannot be read as YAML": {"base": "nothing.yaml"},
     "unknown control 'convv'; did you mean 'conv'": {"controls": ["convv"]},
+    r"unknown control \['conv'\]": {"controls": [["conv"]]},
     "axes.block has 1 value": {"axes": {"block": ["sagan"]}},
     r"axes.block \('sagan'\) must be a list": {"axes": {"block": "sagan"}},
     "unknown key 'blok'; did you mean 'block'": {"axes": {"blok": ["sagan", "biggan"]}},

@@ -127,6 +127,20 @@ def test_scores_far_from_zero(small_tiles: None):
     errors(case, tensors, {}, out, torch.autograd.grad(out, tensors, towards), towards)
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # of NumPy, which computes here
+@pytest.mark.parametrize("place", range(3), ids=["query", "key", "value"])
+def test_what_is_not_finite_shows(place: int, small_tiles: None):
+    """In the same places as on the other paths."""
+    tensors = [torch.randn(2, 2, n, d) for n, d in ((20, 4), (37, 4), (37, 20))]
+    tensors[place][1, 0, 18, 3] = torch.nan
+    fused, chunked, materialised = (
+        functional.attend(*tensors, path=path).isnan() for path in ("fused", "chunked", "materialised")
+    )
+    assert materialised.any()
+    assert torch.equal(fused, materialised)
+    assert torch.equal(chunked, materialised)
+
+
 def test_small_weights_in_float16():
     """Weights below what float16 holds in full, and gradients of scores below what it holds at all."""
     case = Case(16, 4000, 4, 4, b=1, dtype=torch.float16, scale=0.01)

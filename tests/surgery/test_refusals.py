@@ -101,14 +101,21 @@ def test_refusal_leaves_the_model_alone(case: str):
 
 
 @pytest.mark.parametrize(
-    ("example", "error"),
-    [(torch.zeros(1, 4, 32, 32), RuntimeError), (torch.zeros(1, 3, 32, 32, device="meta"), NotImplementedError)],
+    ("example", "message"),
+    [
+        (torch.zeros(1, 4, 32, 32), r"example_input is none that Tiny takes: .*4 channels.* \(RuntimeError\)$"),
+        (torch.zeros(1, 3, 32, 32, device="meta"), r"none that Tiny takes: .*meta tensor.* \(NotImplementedError\)$"),
+        ([1], r"none that Tiny takes: conv2d\(\) received an invalid .*TypeError"),
+        (("x", "y"), r"none that Tiny takes: Tiny.forward\(\) takes 2 positional arguments but 3 were given"),
+    ],
+    ids=["channels", "meta", "list", "tuple"],
 )
-def test_an_input_the_model_does_not_take(example: torch.Tensor, error: type[Exception]):
+def test_an_input_the_model_does_not_take(example: Any, message: str):
     model = HOSTS["tiny"].build().train()
     before = snapshot(model)
-    with pytest.raises(error):
+    with pytest.raises(GraftError, match=message) as raised:
         graft(model, "top", example_input=example)
+    assert raised.value.__cause__ is not None
     assert_unchanged(model, before)
 
 

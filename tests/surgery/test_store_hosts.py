@@ -73,9 +73,8 @@ def test_a_graft_of_that_name_is_there(saved: Path):
 def test_an_input_the_model_does_not_take(saved: Path):
     model = HOST.build().train()
     before = snapshot(model)
-    with pytest.raises(RuntimeError) as raised:
+    with pytest.raises(GraftError, match="example_input is none that Tiny takes"):
         load_grafts(model, saved, example_input=torch.zeros(1, 4, 32, 32))
-    assert any("raised by the model itself" in note for note in raised.value.__notes__)
     assert_unchanged(model, before)
 
 
@@ -92,7 +91,11 @@ def test_blocks_to_be_passed(path: Path):
     refused(
         path, "'se' at 'top' are not those .* unexpected 'block.fc", blocks={"se": lambda c, rd_ratio: nn.Identity()}
     )
-    refused(path, "cannot be rebuilt: 1", blocks={"se": lambda c, rd_ratio: {}[1]})
+    refused(
+        path,
+        r"cannot be rebuilt: block 'lambda_' for 16 .* cannot be made: 1 \(KeyError\)",
+        blocks={"se": lambda c, rd_ratio: {}[1]},
+    )
     fitting = functools.partial(create_block, "sagan")
     refused(path, "'se' at 'top' cannot be rebuilt: block 'sagan' has no option 'rd_ratio'", blocks={"se": fitting})
     load_grafts(fresh_like(model), path, example_input=IMAGE, blocks={"se": SEModule})

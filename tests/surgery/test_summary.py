@@ -166,8 +166,8 @@ def traced(on_call: Callable[[Call], None]):
         sys.settrace(old)
 
 
-class Injected(Exception):
-    pass
+class Injected(BaseException):
+    """Caught by no code, as what a signal raises."""
 
 
 def fail_everywhere(make: Callable, act: Callable, every: bool = True) -> int:

@@ -73,8 +73,9 @@ def two_processes(folder: Path, epochs: int) -> Iterator[tuple[subprocess.Popen[
     with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as first:
         second = 0
         try:
-            until((folder / "metrics.csv").is_file, 240)
-            (second,) = map(int, Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split())
+            children = Path(f"/proc/{first.pid}/task/{first.pid}/children")
+            until(lambda: bool(children.read_text()) and (folder / "metrics.csv").is_file(), 240)
+            (second,) = map(int, children.read_text().split())
             yield first, second
         finally:
             for process in (first.pid, second):

@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,20 @@ RUN = [
     *['--model.host.options={"width": 16}', "--data.n_val=16", "--data.n_test=16"],
 ]
 BATCHES = 5  # an epoch
+
+
+@pytest.fixture(autouse=True)
+def _interrupts() -> Iterator[None]:
+    """A test run that a shell began in the background ignores them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ignored_signals_stay_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    at_batch(2, send(signal.SIGINT), monkeypatch)
+    assert main([*RUN, f"--run_dir={tmp_path / 'run'}"]) == 0
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from sagan_attn.ablation.analysis import Analysis
 from sagan_attn.ablation.report.flat import run_records, summary_records
 from sagan_attn.ablation.report.paper import paper_files
 from sagan_attn.ablation.report.tables import csv_text
+from sagan_attn.ablation.store import own_folder
 from sagan_attn.files import write_whole
 
 __all__ = ["write_report"]
@@ -17,7 +18,7 @@ def write_report(folder: Path, analysis: Analysis, *, html: Path | None = None, 
     Each file is written whole, the page last. html: where to write the page instead.
 
     Raises:
-        ConfigError: a paper is asked for and nothing is confirmed.
+        ConfigError: a paper is asked for and nothing is confirmed; a folder of the report is a link.
         OSError: a file cannot be written; those written before stay.
     """
     from sagan_attn.ablation.report.figures import draw, image_files
@@ -38,6 +39,9 @@ def write_report(folder: Path, analysis: Analysis, *, html: Path | None = None, 
         files |= {report / "figures" / f"{name}.{kind}": data for kind, data in images.items()}
     files[at] = page(analysis, svgs, folder, at.parent).encode()
     for path, data in files.items():
+        for inside in (report, path.parent):
+            if inside.is_relative_to(report):
+                own_folder(inside)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, data)
     return list(files)

@@ -34,7 +34,13 @@ COSTS = (
     ("peak_bytes", "peak memory", "B"),
 )
 SPLITS = {"screen": "validation", "confirm": "test"}
-RC: Any = {"text.parse_math": False, "svg.fonttype": "path", "svg.hashsalt": "sagan_attn", "font.size": 9}
+RC: Any = {
+    "text.parse_math": False,
+    "text.usetex": False,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "sagan_attn",
+    "font.size": 9,
+}
 
 
 @dataclass(frozen=True)

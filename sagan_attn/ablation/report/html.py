@@ -168,7 +168,7 @@ def _links(cell: Cell, folder: Path, at: Path) -> str:
 
 def _relative(path: Path, at: Path) -> str:
     """With "./" in front, so that a colon in a name is no scheme."""
-    return "./" + quote(Path(os.path.relpath(path.resolve(), at.resolve())).as_posix())
+    return "./" + quote(os.fsencode(Path(os.path.relpath(path.resolve(), at.resolve())).as_posix()))
 
 
 def _legend() -> list[str]:

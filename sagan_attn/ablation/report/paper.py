@@ -92,8 +92,9 @@ def _line(row: Row) -> str:
     else:
         p = f"${p_words(row.p)}$"
     difference = escape(row.why_none) if row.why_none else _interval(row.difference)
+    label = escape(row.variant.label).strip()
     cells = [
-        escape(row.variant.label),
+        "{}" * label.startswith(("[", "*")) + label,  # which would else be read as an argument of the line's end above
         f"{len(row.finished)}/{len(row.cells)}",
         accuracy,
         difference,

@@ -9,6 +9,7 @@ from typing import Any
 from sagan_attn.ablation.analysis import Analysis, Group
 from sagan_attn.ablation.report.columns import COLUMNS
 from sagan_attn.errors import ConfigError
+from sagan_attn.files import no_formula
 
 __all__ = ["csv_text", "parquet_bytes", "print_report", "status_words"]
 
@@ -65,12 +66,13 @@ def _plain(text: str) -> str:
 
 
 def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
-    """CSV with a header; empty for None. The records have the same keys."""
+    """CSV with a header; empty for None. The records have the same keys. Texts are as `no_formula` makes them."""
     out = io.StringIO()
     if records:
-        writer = csv.DictWriter(out, list(records[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
+        writer = csv.writer(out, lineterminator="\n")
+        names = list(records[0])
+        rows = [names, *([record[name] for name in names] for record in records)]
+        writer.writerows([no_formula(value) for value in row] for row in rows)
     return out.getvalue()
 
 

@@ -188,6 +188,9 @@ def _tensors(state_dict: Mapping[str, Tensor], prefix: str = "") -> dict[str, Te
     """What starts with the prefix, without it and without gradients."""
     if not isinstance(state_dict, Mapping):
         raise BlockError(f"a state dict is required, not {type(state_dict).__name__}")
+    for key in state_dict:
+        if not isinstance(key, str):
+            raise BlockError(f"a state dict has words as keys, not {key!r:.100}")
     chosen = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
     if prefix and not chosen:
         raise BlockError(f"no key starts with the prefix {prefix!r}; there are {_listed(state_dict)}")
@@ -200,13 +203,14 @@ def _tensors(state_dict: Mapping[str, Tensor], prefix: str = "") -> dict[str, Te
 
 
 def _chosen(source: str) -> Mapping[str, Converter]:
-    return CONVERTERS if source == "auto" else {source: _named(source)}
+    return CONVERTERS if isinstance(source, str) and source == "auto" else {source: _named(source)}
 
 
 def _named(source: str) -> Converter:
-    if source not in CONVERTERS:
+    if not isinstance(source, str) or source not in CONVERTERS:
         near = difflib.get_close_matches(str(source), CONVERTERS) or list(CONVERTERS)
-        raise BlockError(f"unknown source {source!r}; did you mean {' or '.join(near)}? (all: {', '.join(CONVERTERS)})")
+        names = ", ".join(CONVERTERS)
+        raise BlockError(f"unknown source {source!r:.100}; did you mean {' or '.join(near)}? (all: {names})")
     return CONVERTERS[source]
 
 

@@ -1,6 +1,7 @@
 """The data module all data sets share: split, cache or stream, order, augmentation on the training device."""
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -284,7 +285,7 @@ class ImageData(L.LightningDataModule, ABC):
         relative names and sizes) and its labels, so the two differ for the same data.
         """
         self.setup(stage)
-        digest = hashlib.sha256(str(self.name).encode())
+        digest = hashlib.sha256(os.fsencode(str(self.name)))  # of a folder: not always UTF-8
         for split in ("train", "val") if stage == "fit" else ("test",):
             source = self._sources[split]
             digest.update(f"/{split}/{len(source)}/".encode())

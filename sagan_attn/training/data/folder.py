@@ -12,7 +12,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from sagan_attn.errors import DataError
 from sagan_attn.training.data.augment import AugmentConfig
 from sagan_attn.training.data.base import ImageData, Split
-from sagan_attn.training.data.preprocess import open_image
+from sagan_attn.training.data.preprocess import image_file, open_image
 from sagan_attn.training.data.splits import seeded_order
 
 __all__ = ["FolderData"]
@@ -33,20 +33,16 @@ class FolderPictures:
 
     def size(self, index: int) -> tuple[int, int]:
         """(width, height) as shown, from the file's header alone."""
-        path = self.root / self.files[index]
-        try:
-            with Image.open(path) as image:
-                width, height = image.size
-                # orientations 5 to 8 lie on their side; a square needs no such question
-                turned = width != height and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-                return (height, width) if turned else (width, height)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(f"cannot read the image {path}: {error}; replace or remove the file") from error
+        with image_file(self.root / self.files[index]) as image:
+            width, height = image.size
+            # orientations 5 to 8 lie on their side; a square needs no such question
+            turned = width != height and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return (height, width) if turned else (width, height)
 
     def content_digest(self, indices: Sequence[int]) -> bytes:
         files = sorted(self.files[index] for index in indices)
         lines = [f"{file} {(self.root / file).stat().st_size}" for file in files]
-        return hashlib.sha256("\n".join(lines).encode()).digest()
+        return hashlib.sha256(os.fsencode("\n".join(lines))).digest()  # names are bytes, not always UTF-8
 
     def subset(self, indices: Sequence[int]) -> "FolderPictures":
         return FolderPictures(self.root, [self.files[i] for i in indices], [self.labels[i] for i in indices])
@@ -206,8 +202,14 @@ def _list_images(folder: Path, classes: list[str]) -> FolderPictures:
     labels: list[int] = []
     for label, name in enumerate(classes):
         before = len(files)
-        # links are followed, as torchvision's ImageFolder does
+        seen: set[str] = set()
+        # links are followed, as torchvision's ImageFolder does, but no folder is listed twice: links can make circles
         for place, folders, names in os.walk(folder / name, followlinks=True):
+            real = os.path.realpath(place)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
             folders[:] = sorted(inner for inner in folders if not inner.startswith("."))
             inside = os.path.relpath(place, folder)
             for file in sorted(names):

@@ -1,7 +1,12 @@
 """From a picture to the network's input: what training did, in the form a user of the trained model
 applies."""
 
-from collections.abc import Mapping
+import math
+import os
+import stat
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,10 +21,17 @@ from torchvision.transforms.v2 import functional as F
 from sagan_attn.errors import DataError
 from sagan_attn.training.data.checks import require_at_least
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Preprocess", "open_image"]
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Preprocess", "image_file", "open_image"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# PIL would hand a file to whichever of its readers knows its first bytes, whatever its name: one of them, for
+# PostScript, runs another program on the file.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+# what PIL's decoders raise on damaged files: OSError (also truncated and unidentified), SyntaxError (PNG chunks),
+# ValueError (bad headers), struct.error (EXIF)
+UNREADABLE = (OSError, SyntaxError, ValueError, struct.error)
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
@@ -66,9 +78,14 @@ class Preprocess:
         16-bit grey keeps its upper 8 bits.
 
         Raises:
-            DataError: a floating-point image, which has no agreed range.
+            DataError: a floating-point image, which has no agreed range; damaged EXIF data, which say how it is turned.
         """
-        picture: Any = _to_rgb(ImageOps.exif_transpose(image))  # Any: torchvision declares tensors only
+        try:
+            turned = ImageOps.exif_transpose(image)
+        except UNREADABLE as error:
+            name = getattr(image, "filename", "")
+            raise DataError(f"cannot read the EXIF data of the image {name}: {error}; replace or remove it") from error
+        picture: Any = _to_rgb(turned)  # Any: torchvision declares tensors only
         size = self.image_size
         if picture.size != (size, size):
             mode = InterpolationMode(self.interpolation)
@@ -157,13 +174,31 @@ def open_image(path: str | Path) -> Image.Image:
         DataError: the file is missing, truncated, not an image, or too large to be safe; the message names
         it.
     """
+    with image_file(path) as image:
+        image.load()
+        return image
+
+
+@contextmanager
+def image_file(path: str | Path) -> Iterator[Image.Image]:
+    """An image file opened but not yet decoded.
+
+    Raises:
+        DataError: as `open_image`, for whatever goes wrong inside too.
+    """
     try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    # what PIL's decoders raise on damaged files: OSError (also truncated and unidentified), SyntaxError (PNG
-    # chunks), ValueError (bad headers)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise DataError(f"cannot read the image {path}: it is no plain file; remove it")
+        with Image.open(path, formats=FORMATS) as image:
+            if Image.MAX_IMAGE_PIXELS is not None and math.prod(image.size) > Image.MAX_IMAGE_PIXELS:
+                raise Image.DecompressionBombError(
+                    f"{image.size[0]:,} x {image.size[1]:,} pixels are more than the {Image.MAX_IMAGE_PIXELS:,} that "
+                    "PIL.Image.MAX_IMAGE_PIXELS allows"
+                )
+            yield image
+    except BOMBS as error:
+        raise DataError(f"the image {path} is too large to be safe: {error}; scale or remove it") from error
+    except UNREADABLE as error:
         raise DataError(f"cannot read the image {path}: {error}; replace or remove the file") from error
 
 

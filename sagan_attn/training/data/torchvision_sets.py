@@ -11,7 +11,7 @@ from urllib.error import URLError
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.datasets import CIFAR10, CIFAR100, VisionDataset
+from torchvision.datasets import CIFAR10, CIFAR100, LSUN, LSUNClass, VisionDataset
 
 from sagan_attn.errors import DataError
 from sagan_attn.training.data.augment import AugmentConfig
@@ -20,6 +20,8 @@ from sagan_attn.training.data.sources import ArrayPictures
 
 __all__ = ["CIFARData", "TorchvisionData"]
 
+
+UNPICKLING = (LSUN, LSUNClass)  # CIFAR is unpickled too, but its files must have the md5 that torchvision knows
 
 # mean and standard deviation per channel over the training images
 _CIFAR_STATISTICS = {
@@ -221,6 +223,8 @@ def _vision_class(path: str) -> type[VisionDataset]:
         raise DataError(f"dataset ({path!r}) cannot be imported ({error}): give a path, {example}") from error
     if not (isinstance(found, type) and issubclass(found, VisionDataset)):
         raise DataError(f"dataset ({path!r}) is not a torchvision VisionDataset: give a path, {example}")
+    if issubclass(found, UNPICKLING):
+        raise DataError(f"dataset ({path!r}) unpickles a file beside its images, which could run code: give another")
     return found
 
 

@@ -1,0 +1,26 @@
+"""The parser of the training command line, which looks at where a config comes from before it reads it."""
+
+from typing import Any
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from sagan_attn.training.class_paths import check_file
+
+__all__ = ["ConfigParser"]
+
+
+class ConfigParser(LightningArgumentParser):
+    """Refuses a config from a run folder or an ablation's that names other classes than `class_paths.ALLOWED`.
+
+    Nor does it read a file named like a value: of `strategy: auto`, the default, Lightning's own parser makes whatever
+    class a file `auto` in the working directory names.
+    """
+
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """A file given with `--config`. Raises `ConfigError`."""
+        check_file(path)
+        return super().parse_path(path, *args, **kwargs)
+
+    def add_class_arguments(self, *args: Any, **kwargs: Any) -> Any:
+        """As jsonargparse's, without configs in files for single arguments."""
+        return super().add_class_arguments(*args, **{**kwargs, "sub_configs": False})
