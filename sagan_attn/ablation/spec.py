@@ -151,7 +151,7 @@ def _check_base(path: Path, base: Mapping[str, Any]) -> int:
     epochs, model = base["trainer"].get("max_epochs"), base["model"]
     if type(epochs) is not int or not 1 <= epochs <= MOST_EPOCHS:
         raise ConfigError(
-            f"{path}: trainer.max_epochs ({epochs!r:.100}) must be a whole number of at least 1 and at most {MOST_EPOCHS:,}"
+            f"{path}: trainer.max_epochs ({epochs!r:.100}) must be a whole number from 1 to {MOST_EPOCHS:,}"
         )
     grafts = model.get("grafts") or []
     if not isinstance(grafts, list) or not all(isinstance(graft, dict) for graft in grafts):
