@@ -7,6 +7,7 @@ of a text. So such a config must have the shape that `fit` writes, and name clas
 """
 
 import os
+import reprlib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -147,7 +148,7 @@ class _Check:
             for index, graft in enumerate(value if isinstance(value, list) else []):
                 self.items(graft, f"{place}.{index}", 3)
             if value is not None and not isinstance(value, list):
-                self.refuse(place, f"must be a list, not {value!r:.80}")
+                self.refuse(place, f"must be a list, not {_short(value)}")
         else:
             self.item(key, value, place, 2)
 
@@ -180,21 +181,29 @@ class _Check:
 
     def argument(self, known: str | None, key: str, value: Any, place: str, depth: int) -> None:
         """An argument of a class of `ALLOWED`, or of one of the user's own (None), which may take callables."""
+        if known is None:
+            self.bounded(value, place, depth)
+            if not self.said.issuperset(texts(value)):
+                self.refuse(place, f"is {_short(value)}, which stands nowhere in your own config")
+            return
         self.item(key, value, place, depth)
         if value is not None and not self.said.issuperset(texts(value)):
-            if known is None:
-                self.refuse(place, f"is {value!r:.80}, which stands nowhere in your own config")
             if key in ALLOWED[known]:
-                self.refuse(place, f"is {value!r:.80}, and must be left out")
+                self.refuse(place, f"is {_short(value)}, and must be left out")
             if known.endswith(".TorchvisionData") and key == "dataset" and value not in DATASETS:
-                self.refuse(place, f"names {value!r:.80}, which is none of the data sets that it may name")
+                self.refuse(place, f"names {_short(value)}, which is none of the data sets that it may name")
+
+    def bounded(self, value: Any, place: str, depth: int) -> None:
+        self.count(place, depth)
+        for each in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+            self.bounded(each, place, depth + 1)
 
     def item(self, key: str, value: Any, place: str, depth: int) -> None:
         if key in MAPPINGS and value is not None and not isinstance(value, Mapping):
-            self.refuse(place, f"must be a mapping, not {value!r:.80}")
+            self.refuse(place, f"must be a mapping, not {_short(value)}")
         self.anything(value, place, depth)
         if key in LOADED and value is not None and not (self.said and self.said.issuperset(texts(value))):
-            self.refuse(place, f"is {value!r:.80}, and must be left out")
+            self.refuse(place, f"is {_short(value)}, and must be left out")
 
     def anything(self, value: Any, place: str, depth: int) -> None:
         """A value that is taken as it is, and looked through for classes all the same."""
@@ -224,7 +233,7 @@ class _Check:
         self.count(place, depth)
         if isinstance(value, Mapping):
             if any(word in str(key) for key in value for word in (*OF_CLASS, "__")):
-                self.refuse(place, f"is a text that names a class: {value!r:.120}")
+                self.refuse(place, f"is a text that names a class: {_short(value)}")
             value = list(value.values())
         for each in value if isinstance(value, list) else ():
             self.text(each, place, depth + 1) if isinstance(each, str) else self.inside(each, place, depth + 1)
@@ -233,17 +242,17 @@ class _Check:
         """The entry of `ALLOWED` that a class path or a bare name means; None for what the user's config names."""
         found = (path if path in ALLOWED else BARE.get(path)) if isinstance(path, str) else None
         if found is None and not (isinstance(path, str) and path in self.said):
-            self.refuse(place, f"names {path!r:.120}, which is none of the classes that it may name")
+            self.refuse(place, f"names {_short(path)}, which is none of the classes that it may name")
         return found
 
     def mapping(self, value: Any, place: str, depth: int) -> Iterator[tuple[str, Any]]:
         if not isinstance(value, Mapping):
-            self.refuse(place, f"must be a mapping, not {value!r:.80}")
+            self.refuse(place, f"must be a mapping, not {_short(value)}")
         for key, each in value.items():
             self.count(place, depth)
             name = str(key)
             if not isinstance(key, str | int) or not (name.isidentifier() or name.isdigit()) or name.startswith("__"):
-                self.refuse(place, f"has a key {key!r:.80}, which is no name")  # "a.b" and "a+" mean other places
+                self.refuse(place, f"has a key {_short(key)}, which is no name")  # "a.b" and "a+" mean other places
             yield name, each
 
     def count(self, place: str, depth: int) -> None:
@@ -255,6 +264,13 @@ class _Check:
     def refuse(self, place: str, why: str) -> NoReturn:
         of = place or "the config"
         raise ConfigError(f"{self.where}: {of} {why}. What lies with a run can come from anybody: {self.hint}")
+
+
+def _short(value: Any) -> str:
+    """Of what aliases may blow up, too."""
+    words = reprlib.Repr()
+    words.maxlevel, words.maxstring, words.maxother = 2, 120, 80
+    return words.repr(value)
 
 
 def _in_record(path: Path) -> bool:

@@ -103,20 +103,22 @@ def _explanation(trainer: Any, module: Any, error: BaseException) -> str:
     found, host = _survey(twin, images, fitting, half, device)
     if at := _met_in(network, error):
         start += f", met in {at!r}"
-    found.sort(key=lambda one: (f"{at}.".startswith(f"{one.graft.path}."), one.held, one.bytes), reverse=True)
-    accumulated = trainer.accumulate_grad_batches if fitting else None
-    less = _smaller_batch(batch, accumulated)
-    largest = found[0] if found else None
-    if largest is not None and largest.held and largest.bytes >= LARGE * host:
-        more = ", and as much again for the gradients" if fitting else ""
-        options = [*_options_of_block(largest), *less, *_other_site(twin, images, largest)]
-        return f"{start}: {_map_words(largest)} take {_size(largest.bytes)}{more}. Cheaper: {'; '.join(options)}"
-    if largest is None:
+    found.sort(key=lambda one: (one.held, one.bytes), reverse=True)
+    there = [one for one in found if f"{at}.".startswith(f"{one.graft.path}.")]
+    less = _smaller_batch(batch, trainer.accumulate_grad_batches if fitting else None)
+    for one in (*there[:1], *found[:1]):
+        if one.held and one.bytes >= LARGE * host:
+            more = ", and as much again for the gradients" if fitting else ""
+            which = "the largest score map is" if one is found[0] else "the score map there is"
+            options = [*_options_of_block(one), *less, *_other_site(twin, images, one)]
+            return f"{start}: {which} {_words(one)} take {_size(one.bytes)}{more}. Cheaper: {'; '.join(options)}"
+    if not found:
         start += ": no graft has a score map"
     else:
-        take = "take" if largest.held else "would take"
-        how = "" if largest.held else f", and path {largest.path!r} never holds them as a whole"
-        start += f": no graft is large: {_map_words(largest)} {take} {_size(largest.bytes)}{how}"
+        take = "take" if found[0].held else "would take"
+        how = "" if found[0].held else f", and path {found[0].path!r} never holds them as a whole"
+        words = f"the largest score map is {_words(found[0])} {take} {_size(found[0].bytes)}{how}"
+        start += f": no graft is large: {words}"
     if not half:
         less.append("trainer.precision: bf16-mixed, which halves the host's maps")
     less.append(f"data.image_size below {size}, or a host with fewer channels")
@@ -199,11 +201,11 @@ def _path(
         return chosen_path(query, key, values, dropout, {name: x for name, x in how.items() if name != "scale"})
 
 
-def _map_words(one: ScoreMap) -> str:
+def _words(one: ScoreMap) -> str:
     (b, heads, n, m), (height, width) = one.scores, one.size
     of_heads = "" if heads == 1 else f" x {heads} heads"
     return (
-        f"the largest score map is of graft {one.graft.name!r} at {one.graft.site!r}, on maps of {height} x {width}: "
+        f"of graft {one.graft.name!r} at {one.graft.site!r}, on maps of {height} x {width}: "
         f"the weights of {n:,} queries x {m:,} keys{of_heads} x {b} images"
     )
 
@@ -223,7 +225,11 @@ def _smaller_batch(batch: int, accumulated: int | None) -> list[str]:
     if batch == 1:
         return []
     smaller = batch // 2
-    same = f" with trainer.accumulate_grad_batches: {2 * accumulated} for the same update" if accumulated else ""
+    same = (
+        f" with trainer.accumulate_grad_batches: {2 * accumulated} for the same update, up to batch norms"
+        if accumulated
+        else ""
+    )
     return [f"data.batch_size: {smaller} instead of {batch}{same}"]
 
 

@@ -264,6 +264,9 @@ def test_a_bomb_of_aliases_is_not_blown_up(run: Path):
     arguments = "\n".join(f"   {line}" for line in lines)
     (run / "config.yaml").write_text(f"data:\n  class_path: LookupData\n  init_args:\n{arguments}")
     refused(run / "config.yaml", "data has more than 20,000 values")
+    for text in ("data:\n -\n{}", "trainer:\n -\n{}", "model:\n grafts:\n{}", "model:\n host:\n -\n{}"):
+        (run / "config.yaml").write_text(text.format("\n".join(f"  {line}" for line in lines)))
+        refused(run / "config.yaml", "must be a (mapping|list), not ")  # and says what there is in some words
 
 
 def test_a_file_named_like_a_value_is_not_read(canary: Canary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -148,8 +148,8 @@ def test_where_it_was_met_comes_first():
         network(torch.zeros(1, 3, 32, 32))
     handle.remove()
     said = words(network=network, error=raised.value)
-    assert said.startswith(f"out of memory (asked for 5.0 GB) in training, met in '{inner.path}.value': the largest")
-    assert "graft 'sagan' at 'layer2'" in said
+    assert said.startswith(f"out of memory (asked for 5.0 GB) in training, met in '{inner.path}.value': the score map ")
+    assert "map there is of graft 'sagan' at 'layer2', on maps of 16 x 16" in said
 
 
 def test_what_is_out_of_memory():
