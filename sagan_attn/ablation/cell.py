@@ -24,7 +24,7 @@ from torch import Tensor
 from sagan_attn.ablation.evidence import Batches, accuracy, knockouts, logits_of, shares
 from sagan_attn.ablation.plan import cell_config
 from sagan_attn.ablation.provenance import code_digest
-from sagan_attn.ablation.store import BUSY, DONE, FAILED, FORMAT, Store, read_plan
+from sagan_attn.ablation.store import BUSY, DONE, FAILED, FORMAT, Store, pack_logits, read_plan
 from sagan_attn.errors import ConfigError, NonFiniteError, SaganAttnError
 from sagan_attn.files import write_whole
 from sagan_attn.surgery import grafts_of
@@ -211,13 +211,11 @@ def _finite(value: float | None) -> float | None:
 
 
 def _write_logits(path: Path, parts: dict[str, tuple[Tensor, Tensor]]) -> None:
-    from safetensors.torch import save
-
     tensors = {}
     for split, (logits, labels) in parts.items():
-        tensors[f"{split}/logits"] = logits.half().contiguous()
-        tensors[f"{split}/labels"] = labels.contiguous()
-    write_whole(path, save(tensors))
+        tensors[f"{split}/logits"] = logits.half().contiguous().numpy()
+        tensors[f"{split}/labels"] = labels.contiguous().numpy()
+    write_whole(path, pack_logits(tensors))
 
 
 def _peak_bytes(device: torch.device) -> int:

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -16,7 +17,7 @@ import yaml
 from sagan_attn.ablation.models import Models, canonical
 from sagan_attn.ablation.settings import Settings, apply_settings
 from sagan_attn.ablation.spec import Spec, Stage, check_seeds
-from sagan_attn.ablation.store import FORMAT, Store, check_shape, read_plan
+from sagan_attn.ablation.store import FORMAT, Store, read_plan
 from sagan_attn.ablation.variants import Variant, make_variants
 from sagan_attn.errors import ConfigError, SaganAttnError
 from sagan_attn.training.class_paths import check_config, texts
@@ -25,6 +26,15 @@ from sagan_attn.training.resolve import resolve_config
 __all__ = ["add_seeds", "add_stage", "cell_config", "chosen_by_name", "freeze", "frozen", "new_plan", "with_controls"]
 
 CHANGED = "the plan was changed since it was made; choose another folder"
+OF_STAGE = {"seeds": list, "budgets": list, "set": dict, "variants": list}
+OF_VARIANT = {
+    **dict.fromkeys(("label", "kind", "baseline", "note"), str),
+    **dict.fromkeys(("settings", "config", "data"), dict),
+    **dict.fromkeys(("parameters", "flops", "images"), int),
+    "epochs_factor": (int, float),
+    "of": list,
+}
+OF_CELL = {"stage": str, "budget": int, "variant": str, "seed": int, "added": bool}
 OF_THE_CELL = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
@@ -225,7 +235,7 @@ def frozen(store: Store, spec: Spec, extra: Settings) -> dict[str, Any] | None:
 
 def _check_configs(store: Store, plan: Mapping[str, Any], spec: Spec, extra: Settings) -> None:
     """Refuse a plan that was changed since it was made: whoever gives its spec did not read the plan."""
-    check_shape(store.plan, plan)
+    _check_shape(store.plan, plan)
     said = {*spec.base, *texts([yaml.safe_load(spec.text), spec.base, extra])}
     for stage in plan["stages"].values():
         for name in stage["variants"]:
@@ -234,3 +244,23 @@ def _check_configs(store: Store, plan: Mapping[str, Any], spec: Spec, extra: Set
             except (KeyError, TypeError, AttributeError) as error:
                 raise ConfigError(f"{store.plan}: variant {name!r} has no training config: {error!r}") from error
             check_config(config, f"{store.plan}, {name}", said=said, hint=CHANGED)
+
+
+def _check_shape(path: Path, plan: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` unless a plan has the parts that cells are made of, each of its type."""
+
+    def fits(of: Any, kinds: Mapping[str, type | tuple[type, ...]]) -> bool:
+        return isinstance(of, dict) and all(isinstance(of.get(name), kind) for name, kind in kinds.items())
+
+    stages = plan.get("stages")
+    if not isinstance(stages, dict) or not all(fits(stage, OF_STAGE) for stage in stages.values()):
+        raise ConfigError(f"{path} is not the plan of an ablation: stages are missing or not whole")
+    for name, variant in plan["variants"].items():
+        if not fits(variant, OF_VARIANT):
+            raise ConfigError(f"{path} is not the plan of an ablation: variant {name!r:.100} is not whole")
+    for cell in plan["cells"]:
+        if not fits(cell, OF_CELL) or cell["stage"] not in stages:
+            raise ConfigError(f"{path} is not the plan of an ablation: cell {cell!r:.100} is not whole")
+    for name, stage in stages.items():
+        if unknown := [one for one in stage["variants"] if not isinstance(one, str) or one not in plan["variants"]]:
+            raise ConfigError(f"{path} is not the plan of an ablation: stage {name!r} names {unknown[0]!r:.100}")

@@ -17,6 +17,7 @@ appended or a folder is written to: the folder may come from anybody.
 """
 
 import fcntl
+import hashlib
 import itertools
 import json
 import math
@@ -39,6 +40,7 @@ __all__ = [
     "FORMAT",
     "Store",
     "own_folder",
+    "pack_logits",
     "read_logits",
     "read_plan",
     "read_results",
@@ -49,15 +51,6 @@ FORMAT = 1
 DONE, FAILED, BUSY = 0, 3, 75  # exit codes of a cell's process; 75: another process computes it
 PLAN_LOCK = ".plan.lock"
 OUTCOMES = ("finished", "diverged")
-OF_STAGE = {"seeds": list, "budgets": list, "set": dict, "variants": list}
-OF_VARIANT = {
-    **dict.fromkeys(("label", "kind", "baseline", "note"), str),
-    **dict.fromkeys(("settings", "config", "data"), dict),
-    **dict.fromkeys(("parameters", "flops", "images"), int),
-    "epochs_factor": (int, float),
-    "of": list,
-}
-OF_CELL = {"stage": str, "budget": int, "variant": str, "seed": int, "added": bool}
 APPENDED = ("attempts", "lock", "log.txt")  # files of a cell that are not replaced as a whole
 JSON_BYTES = 100_000_000
 
@@ -187,26 +180,6 @@ def read_plan(folder: Path) -> dict[str, Any]:
     return plan
 
 
-def check_shape(path: Path, plan: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` unless a plan has the parts that cells are made of, each of its type."""
-
-    def fits(of: Any, kinds: Mapping[str, type | tuple[type, ...]]) -> bool:
-        return isinstance(of, dict) and all(isinstance(of.get(name), kind) for name, kind in kinds.items())
-
-    stages = plan.get("stages")
-    if not isinstance(stages, dict) or not all(fits(stage, OF_STAGE) for stage in stages.values()):
-        raise ConfigError(f"{path} is not the plan of an ablation: stages are missing or not whole")
-    for name, variant in plan["variants"].items():
-        if not fits(variant, OF_VARIANT):
-            raise ConfigError(f"{path} is not the plan of an ablation: variant {name!r:.100} is not whole")
-    for cell in plan["cells"]:
-        if not fits(cell, OF_CELL) or cell["stage"] not in stages:
-            raise ConfigError(f"{path} is not the plan of an ablation: cell {cell!r:.100} is not whole")
-    for name, stage in stages.items():
-        if unknown := [one for one in stage["variants"] if not _is_one_of(one, plan["variants"])]:
-            raise ConfigError(f"{path} is not the plan of an ablation: stage {name!r} names {unknown[0]!r:.100}")
-
-
 def read_results(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
     """Results and failures of the plan's cells, and what is wrong with other files there, by name.
 
@@ -232,23 +205,45 @@ def read_results(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any
 
 
 def read_logits(folder: Path, key: str, split: Literal["val", "test"]) -> tuple[np.ndarray, np.ndarray] | None:
-    """Logits [N, classes] float16 and labels [N] of a cell; None where they are not stored.
+    """Logits [N, classes] and labels [N] of a cell, in float16 and int64; None where they are not stored.
 
-    Raises `ConfigError` for a damaged file.
+    Raises `ConfigError` for a damaged file, and for one of other tensors.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors import SafetensorError, safe_open
 
     path = Store(folder).file(key, "logits.safetensors")
     if not path.is_file():
         return None
     try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
+        with safe_open(path, "np") as file:
+            said = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no dict)
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:  # the last two: of other dtypes
         raise ConfigError(f"{path} is damaged: {error}") from error
-    if f"{split}/logits" not in tensors or f"{split}/labels" not in tensors:
+    if said.get("sha256", found := _digest(tensors)) != found:
+        raise ConfigError(f"{path} is damaged: its sha256 is {found}, {said['sha256']} is required")
+    logits, labels = (tensors.get(f"{split}/{name}") for name in ("logits", "labels"))
+    if logits is None or labels is None:
         return None
-    return tensors[f"{split}/logits"], tensors[f"{split}/labels"]
+    if logits.dtype != np.float16 or labels.dtype != np.int64 or logits.ndim != 2 or labels.shape != logits.shape[:1]:
+        raise ConfigError(f"{path} is damaged: it has logits {logits.dtype} {logits.shape} of {labels.shape} images")
+    return logits, labels
+
+
+def pack_logits(tensors: dict[str, np.ndarray]) -> bytes:
+    """The file that `read_logits` reads, of "<split>/logits" and "<split>/labels"."""
+    from safetensors.numpy import save
+
+    return save(tensors, {"format": str(FORMAT), "sha256": _digest(tensors)})
+
+
+def _digest(tensors: Mapping[str, np.ndarray]) -> str:
+    """sha256 over name, dtype, shape and bytes of each tensor, by sorted name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(np.ascontiguousarray(tensor).tobytes())
+    return digest.hexdigest()
 
 
 def own_folder(path: Path) -> Path:

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from canary import Canary
+from safetensors.numpy import save_file
 from small_runs import CONFIGS
 
 from sagan_attn.__main__ import main
@@ -17,7 +19,7 @@ from sagan_attn.ablation.cell import run_cell
 from sagan_attn.ablation.plan import frozen
 from sagan_attn.ablation.runner import Workers, run_cells
 from sagan_attn.ablation.spec import Spec, read_spec
-from sagan_attn.ablation.store import FAILED, Store, read_logits, read_plan, read_results
+from sagan_attn.ablation.store import FAILED, Store, pack_logits, read_logits, read_plan, read_results
 from sagan_attn.errors import ConfigError
 from sagan_attn.training.class_paths import check_file
 
@@ -198,10 +200,41 @@ def test_files_of_absurd_sizes_are_not_read(own: Spec, tmp_path: Path):
         _header({"val/logits": {"dtype": "F32", "shape": [2**40, 2**20], "data_offsets": [0, 2**62]}}),
         _header({"val/logits": {"dtype": "F32", "shape": [4], "data_offsets": [0, 4]}}) + b"\0" * 4,
         _header({"val/logits": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "x": 1}),
+        _header({"val/logits": {"dtype": "BF16", "shape": [1, 1], "data_offsets": [0, 2]}}) + b"\0" * 2,
+        _header({"val/logits": {"dtype": "F8_E4M3", "shape": [1, 1], "data_offsets": [0, 1]}}) + b"\0",
         b"[" * 1000,
     ):
         logits.write_bytes(content)
         with pytest.raises(ConfigError, match=r"logits.safetensors is damaged"):
+            read_logits(store.folder, KEY, "val")
+
+
+def test_logits_are_those_that_were_written(tmp_path: Path):
+    store, path = Store(tmp_path), Store(tmp_path).file(KEY, "logits.safetensors")
+    store.cell(KEY).mkdir(parents=True)
+    logits, labels = np.arange(6, dtype=np.float16).reshape(3, 2), np.arange(3)
+    whole = pack_logits({"val/logits": logits, "val/labels": labels})
+    path.write_bytes(whole)
+    read = read_logits(store.folder, KEY, "val")
+    assert read is not None
+    assert (read[0] == logits).all()
+    assert (read[1] == labels).all()
+    assert read_logits(store.folder, KEY, "test") is None
+    path.write_bytes(whole[:-1] + b"\x01")
+    with pytest.raises(
+        ConfigError, match=r"logits.safetensors is damaged: its sha256 is [0-9a-f]{64}, [0-9a-f]{64} is"
+    ):
+        read_logits(store.folder, KEY, "val")
+    save_file({"val/logits": logits, "val/labels": labels}, path)  # as written before there was a digest
+    assert read_logits(store.folder, KEY, "val") is not None
+    for other in (
+        {"val/logits": logits.astype(np.float32)},
+        {"val/logits": logits[0]},
+        {"val/labels": labels[:2]},
+        {"val/labels": labels.astype(np.float16)},
+    ):
+        path.write_bytes(pack_logits({"val/logits": logits, "val/labels": labels, **other}))
+        with pytest.raises(ConfigError, match=r"logits.safetensors is damaged: it has logits"):
             read_logits(store.folder, KEY, "val")
 
 
