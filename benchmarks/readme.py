@@ -46,7 +46,8 @@ def _ablations() -> Iterator[str]:
     for path in sorted((HERE / "ablations").glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
         group = [group for group in content["groups"] if group["stage"] == "confirm"][-1]
-        yield f"Ablation `{content['name']}`, {group['title']} ([`RESULTS.md`](RESULTS.md) has every figure):"
+        data = f" on {content['data']}" if content.get("data") else ""
+        yield f"Ablation `{content['name']}`{data}, {group['title']} ([`RESULTS.md`](RESULTS.md) has every figure):"
         yield ""
         yield group["verdict"]
         yield ""
@@ -175,6 +176,31 @@ def _others() -> Iterator[str]:
             f"{len(content['files_corrupt'])} files corrupt, {content['cells_computed_again']} computed again, "
             f"of which {len(content['computed_again_without_being_killed'])} had not been killed | "
             "`benchmarks/ablation_soak.json` |"
+        )
+    if content := read("seeds_per_hour"):
+        rate = {way: found["median"] for way, found in content["runs_per_hour"].items()}
+        ratio = content["ratio"]
+        yield (
+            f"| Small runs an hour on {content['devices']}, `ablate --workers {content['workers']}` (each with its "
+            f"test and knock-outs) against `fit` one after another | {rate['ablate']:,.0f} and {rate['fit']:,.0f}: "
+            f"{ratio['median']:.2f} times as many ({ratio['min']:.2f} to {ratio['max']:.2f}) | "
+            "`benchmarks/seeds_per_hour.json` |"
+        )
+    if content := read("survive_training"):
+        yield (
+            f"| Training under SIGKILL at random moments, gone on with `--resume auto` | {content['kills']} kills of "
+            f"{content['runs']} runs, {content['before_the_first_step']} of them before the first step: "
+            f"{len(content['damaged'])} files damaged, {len(content['could_not_go_on'])} runs that could not go on, "
+            f"{len(content['ended_differently'])} that ended with other numbers than a run never stopped | "
+            "`benchmarks/survive_training.json` |"
+        )
+    if content := read("survive_saving"):
+        kinds = content["kills_between_begin_and_end_of_a_save"]
+        yield (
+            f"| Each of {len(kinds)} kinds of files, SIGKILL while it is replaced | {content['kills']} kills, "
+            f"{sum(kinds.values())} of them between a save's begin and end: {len(content['files_corrupt'])} files "
+            f"corrupt, {len(content['left_over_files'])} left over after the next save | "
+            "`benchmarks/survive_saving.json` |"
         )
     if content := read("data_cpu"):
         for part, words in (("held", "held in memory"), ("streamed", "decoded anew")):

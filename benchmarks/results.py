@@ -1,8 +1,9 @@
 """Keep what ablations found, as measured: benchmarks/ablations/<name>.json, -runs.csv, -forest.png, and RESULTS.md.
 
-    python benchmarks/results.py [<folder of an ablation> ...]
+    python benchmarks/results.py [--data "CIFAR-10, a JPEG copy"] [<folder of an ablation> ...]
 
-RESULTS.md is written anew from all files in benchmarks/ablations.
+--data says in words what folders of images given by --set were. RESULTS.md is written anew from all files in
+benchmarks/ablations.
 """
 
 import argparse
@@ -48,7 +49,16 @@ def read(folder: Path) -> tuple[Analysis, dict[str, Any], list[dict[str, Any]]]:
     return analyse(plan, results, failures, logits, problems), plan, results
 
 
-def keep(folder: Path) -> None:
+def without_places(content: Any) -> Any:
+    """The same without paths of this machine."""
+    if isinstance(content, dict):
+        return {key: without_places(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [without_places(value) for value in content]
+    return "<folder>" if isinstance(content, str) and Path(content).is_absolute() else content
+
+
+def keep(folder: Path, data: str | None) -> None:
     """The files of one ablation."""
     analysis, plan, results = read(folder)
     if not analysis.quotable:
@@ -62,7 +72,8 @@ def keep(folder: Path) -> None:
     content = {
         "name": analysis.name,
         "spec": plan["spec"],
-        "set": plan["set"],
+        "set": without_places(plan["set"]),
+        "data": data,
         "machine": {key: first[key] for key in ("machine", "device", "threads", "versions", "git", "code")},
         "started": started,
         "finished": finished,
@@ -98,7 +109,8 @@ def page() -> str:
         lines += [f"## {content['name']}", ""]
         lines += ["```yaml", content["spec"].strip(), "```", ""]
         lines += [
-            f"{content['runs']} runs in {content['hours']:.1f} hours from {content['started'][:10]} on, on a machine "
+            (f"Data: {content['data']}. " if content.get("data") else "")
+            + f"{content['runs']} runs in {content['hours']:.1f} hours from {content['started'][:10]} on, on a machine "
             f"that did other work too; {machine['machine']}, torch {machine['versions']['torch']}, code of revision "
             f"{(machine['git'] or 'unknown')[:12]}. Every run: `benchmarks/ablations/{path.stem}-runs.csv`.",
             "",
@@ -124,8 +136,10 @@ def page() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", type=Path)
-    for folder in parser.parse_args().folders:
-        keep(folder)
+    parser.add_argument("--data")
+    options = parser.parse_args()
+    for folder in options.folders:
+        keep(folder, options.data)
     (HERE.parent / "RESULTS.md").write_text(page(), encoding="utf-8")
     print("RESULTS.md is written; python benchmarks/readme.py takes its verdicts into the README")
 

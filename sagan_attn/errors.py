@@ -5,6 +5,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "FormatError",
     "GraftError",
     "NonFiniteError",
     "SaganAttnError",
@@ -35,6 +36,10 @@ class ConfigError(SaganAttnError, ValueError):
 
 class CheckpointError(SaganAttnError):
     """A checkpoint or run folder is missing, foreign or does not fit the model."""
+
+
+class FormatError(CheckpointError):
+    """A checkpoint or run folder was written by a later version of the library, in a format this one does not read."""
 
 
 class NonFiniteError(SaganAttnError):

@@ -7,6 +7,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, BinaryIO, cast
 from unicodedata import category
 
 try:
@@ -14,40 +15,76 @@ try:
 except ImportError:  # Windows: no locks, so what a killed process left stays
     fcntl = None
 
-__all__ = ["no_formula", "read_text", "remove_leftovers", "write_whole"]
+__all__ = ["no_formula", "read_text", "remove_leftovers", "whole_file", "write_whole"]
 
 FORMULA = tuple("=+-@\uff1d\uff0b\uff0d\uff20")  # what a spreadsheet takes for the start of one, wide forms too
 PART = ".sagan_attn.part"
 
 
-def write_whole(path: str | Path, data: bytes | memoryview) -> None:
-    """Write a file as a whole: beside its target, flushed to the disk, then renamed to it.
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A file that is written as a whole: beside its target, flushed to the disk, then renamed to it.
 
-    On any failure `path` is as it was, and nothing stays beside it; what a killed process left there is removed by the
-    next write into the folder. A file that is there keeps its permissions, and a write-protected one is not replaced. A
-    symbolic link is replaced and never followed, so that a folder from elsewhere cannot point a write out of itself.
+    The block writes to it, from its start to its end. On any failure, an exception of the block too, `path` is as it
+    was, and nothing stays beside it; what a killed process left there is removed by the next write into the folder. A
+    file that is there keeps its permissions, and a write-protected one is not replaced. A symbolic link is replaced and
+    never followed, so that a folder from elsewhere cannot point a write out of itself.
 
     Raises:
         OSError: a full disk, no permission, no folder, a target that is no plain file; it names `path`.
     """
-    path, left = Path(path), memoryview(data).cast("B")
+    path, inside = Path(path), None
     try:
         mode = _mode(path)
         remove_leftovers(path.parent)
         with _beside(path.parent) as (beside, file):
             if mode is not None:
                 os.chmod(beside, mode)
-            while left:
-                left = left[file.write(left) :]
+            writer = inside = _Writer(file)
+            yield cast(BinaryIO, writer)
+            inside = None
+            if writer.failed:
+                raise writer.failed
             os.fsync(file.fileno())
             if fcntl is None:
                 file.close()  # Windows renames no open file
             os.replace(beside, path)
         _flush_folder(path.parent)
-    except OSError as error:
-        if error.errno is None:
+    except Exception as error:
+        failed = inside.failed if inside else error
+        if not isinstance(failed, OSError) or failed.errno is None:
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from error  # of the class that belongs to the number
+        raise OSError(failed.errno, failed.strerror, str(path)) from error  # of the class that belongs to the number
+
+
+def write_whole(path: str | Path, data: bytes | memoryview) -> None:
+    """Write bytes as a `whole_file`. Raises as that does."""
+    with whole_file(path) as file:
+        file.write(data)
+
+
+class _Writer(io.RawIOBase):
+    """Writes all that it is given, where a file may take less. Keeps the error of a write that failed: torch raises
+    another one after it.
+    """
+
+    def __init__(self, file: io.FileIO) -> None:
+        self._file = file
+        self.failed: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        size = len(left)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            self.failed = self.failed or error
+            raise
+        return size
 
 
 def no_formula(value: object) -> object:

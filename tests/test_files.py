@@ -1,4 +1,4 @@
-"""`files.write_whole`, and that the library writes its files in no other way."""
+"""`files.write_whole` and `whole_file`, and that the library writes its files in no other way."""
 
 import ast
 import errno
@@ -6,6 +6,7 @@ import fcntl
 import os
 import stat
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from file_faults import anybody, folder_of_anybody, killed, read_only, room_for
 
 import sagan_attn
 from sagan_attn import files
-from sagan_attn.files import PART, remove_leftovers, write_whole
+from sagan_attn.files import PART, remove_leftovers, whole_file, write_whole
 
 SOURCE = Path(sagan_attn.__file__).parent
 OLD, NEW = b"old " * 1000, b"new " * 2000
@@ -77,6 +78,44 @@ def test_a_step_fails(step: str, path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(files.os, step, fail)
     refused(path, errno.EIO)
     assert path.read_bytes() == OLD
+
+
+def test_content_in_pieces(path: Path):
+    with whole_file(path) as file:
+        assert [file.write(piece) for piece in (b"one", memoryview(b" two").cast("i"), b"")] == [3, 4, 0]
+        assert path.read_bytes() == OLD
+    assert path.read_bytes() == b"one two"
+    assert os.listdir(path.parent) == ["file"]
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), FileNotFoundError(2, "No such", "picture")])
+def test_the_block_fails(error: BaseException, path: Path):
+    """Its error stays as it is: of another file, too."""
+
+    def write() -> None:
+        with whole_file(path) as file:
+            file.write(NEW)
+            raise error
+
+    with pytest.raises(type(error)) as caught:
+        write()
+    assert caught.value is error
+    assert path.read_bytes() == OLD
+    assert os.listdir(path.parent) == ["file"]
+
+
+def test_the_block_passes_over_a_failed_write(path: Path):
+    def write() -> None:
+        with whole_file(path) as file:
+            with suppress(OSError):
+                file.write(NEW)
+            file.write(b"")
+
+    with room_for(100), pytest.raises(OSError, match="too large") as caught:
+        write()
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(path))
+    assert path.read_bytes() == OLD
+    assert os.listdir(path.parent) == ["file"]
 
 
 @pytest.mark.parametrize("moment", [0, 1, 4096, "fsync", "replace"])
@@ -320,6 +359,7 @@ WRITERS = {
     **dict.fromkeys(("NamedTemporaryFile", "mkstemp", "touch"), 0),
     **dict.fromkeys(("FileIO", "SummaryWriter"), 1),
 }
+GIVE_BYTES = ("safetensors.torch.save", "safetensors.numpy.save")
 FLAGS = ("O_WRONLY", "O_RDWR", "O_CREAT")
 # Where files are written otherwise, how the call begins, and why none of them can be half of what somebody needs.
 EXEMPT = {
@@ -351,6 +391,13 @@ def writing(source: str) -> list[str]:
         for target in node.targets
         if isinstance(target, ast.Name) and ast.unparse(node.value) in ("io.BytesIO()", "io.StringIO()")
     }
+    streams |= {
+        ast.unparse(node.optional_vars)
+        for node in nodes
+        if isinstance(node, ast.withitem)
+        and node.optional_vars
+        and ast.unparse(node.context_expr)[:11] == "whole_file("
+    }
     calls = [node for node in nodes if isinstance(node, ast.Call)]
     return [ast.unparse(call) for call in calls if _writes(call, known, streams | {"sys.stdout"})]
 
@@ -366,8 +413,8 @@ def _writes(call: ast.Call, known: dict[str, str], streams: set[str]) -> bool:
     if name not in ("open", "replace") and name not in WRITERS:
         return False
     words = [ast.unparse(argument) for argument in [*call.args, *(keyword.value for keyword in call.keywords)]]
-    if function.startswith("sagan_attn.") or function == "safetensors.torch.save" or not streams.isdisjoint(words):
-        return False  # the library's own are looked at where they are; the other gives bytes
+    if function.startswith("sagan_attn.") or function in GIVE_BYTES or not streams.isdisjoint(words):
+        return False  # the library's own are looked at where they are
     if name == "open":
         modes = [word[1:-1] for word in words if word.startswith("'") and len(word) <= 5]
         return any(set(mode) & set("wax+") for mode in modes) or any(flag in word for flag in FLAGS for word in words)
@@ -403,6 +450,7 @@ def test_the_library_writes_files_in_one_way():
         "os.open(path, os.O_RDWR)",
         "path.write_text(words)",
         "torch.save(state, path)",
+        "with lock(path) as file:\n    torch.save(state, file)",
         "json.dump(content, file)",
         "figure.savefig(path)",
         "table.to_csv(path)",
@@ -415,7 +463,7 @@ def test_the_library_writes_files_in_one_way():
     ],
 )
 def test_such_calls_are_found(call: str):
-    assert writing(call) == [call]
+    assert writing(call) == [call.rpartition("\n")[2].strip()]
 
 
 @pytest.mark.parametrize(
@@ -428,6 +476,7 @@ def test_such_calls_are_found(call: str):
         "table.to_csv(index=False)",
         "json.dump(content, sys.stdout)",
         "out = io.BytesIO()\nfigure.savefig(out)",
+        "with whole_file(path) as file:\n    torch.save(state, file)",
         "from dataclasses import replace\nreplace(one, rows=1)",
     ],
 )
@@ -437,4 +486,5 @@ def test_such_calls_are_not(call: str):
 
 def test_functions_are_known_by_where_they_come_from():
     assert writing("from torch import save\nsave(state, path)") == ["save(state, path)"]
-    assert writing("from safetensors.torch import save\nsave(state, {'a': 'b'})") == []
+    for module in ("torch", "numpy"):
+        assert writing(f"from safetensors.{module} import save\nsave(state, {{'a': 'b'}})") == []

@@ -19,9 +19,10 @@ LAYERS = {
     "surgery": {"errors", "files", "functional", "kernels", "blocks"},
 }
 LAYERS["viz"] = LAYERS["bench"] = {*LAYERS["surgery"], "surgery"}
-LAYERS["training"] = {*LAYERS["viz"], "viz", "bench"}
-LAYERS["ablation"] = {*LAYERS["training"], "training"}
-LAYERS["commands"] = {*LAYERS["ablation"], "ablation"}
+LAYERS["evaluation"] = {*LAYERS["viz"], "viz"}
+LAYERS["training"] = {*LAYERS["evaluation"], "evaluation", "bench"}
+LAYERS["ablation"] = LAYERS["inference"] = LAYERS["export"] = {*LAYERS["training"], "training"}
+LAYERS["commands"] = {*LAYERS["ablation"], "ablation", "inference", "export"}
 LAYERS["__main__"] = {*LAYERS["commands"], "commands"}
 HEAVY = {"lightning", "matplotlib", "timm", "torchvision", "pytorch_lightning", "sklearn", "pandas", "jsonargparse"}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

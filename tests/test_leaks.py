@@ -19,7 +19,8 @@ from small_runs import SMALL
 from torch import nn
 
 from sagan_attn import fuse, graft, grafts_of, load_grafts, record_attention, save_grafts, ungraft
-from sagan_attn.training.cli import SaganCLI, main, quieten
+from sagan_attn.training.cli import SaganCLI, main
+from sagan_attn.training.quiet import quieten
 
 IMAGE = torch.zeros(1, 3, 32, 32)
 BLOCKS = {"stage": "multihead", "top": {"block": "sagan", "pool": 2}}

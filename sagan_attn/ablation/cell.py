@@ -29,8 +29,9 @@ from sagan_attn.errors import ConfigError, NonFiniteError, SaganAttnError
 from sagan_attn.files import write_whole
 from sagan_attn.surgery import grafts_of
 from sagan_attn.training.callbacks import environment
-from sagan_attn.training.cli import SaganCLI, quieten
+from sagan_attn.training.cli import SaganCLI
 from sagan_attn.training.memory import is_out_of_memory, out_of_memory_words
+from sagan_attn.training.quiet import quieten
 
 __all__ = ["main", "run_cell"]
 

@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     from sagan_attn.ablation.spec import read_spec
     from sagan_attn.ablation.stages import add_confirm, cells_of
     from sagan_attn.ablation.store import Store, read_plan, read_results, valid_results
-    from sagan_attn.training.cli import quieten
+    from sagan_attn.training.quiet import quieten
 
     quieten()
     spec, extra = read_spec(arguments.spec), _settings(arguments.set)

@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sagan_attn.commands.attention_images import add_image_arguments, look_at, run_folder
+from sagan_attn.commands.attention_images import add_image_arguments, look_at
+from sagan_attn.commands.runs import run_folder
 from sagan_attn.errors import GraftError, one_line
 
 if TYPE_CHECKING:

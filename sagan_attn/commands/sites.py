@@ -13,7 +13,8 @@ from sagan_attn.commands.models import add_model_arguments, create_model, exampl
 from sagan_attn.surgery.build import check_block
 from sagan_attn.surgery.cost import Budget
 from sagan_attn.surgery.select import anchor_of
-from sagan_attn.surgery.sites import Site, SortBy, sort_sites, survey, within
+from sagan_attn.surgery.sites import NUMBERS, Site, SortBy, sort_sites, survey, within
+from sagan_attn.surgery.text import short_number
 
 __all__ = ["add_arguments", "run"]
 
@@ -52,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     _print_table(shown, f"{arguments.block} in {arguments.model}, one image of {height} x {width}")
     print(
-        f"{arguments.model} itself: {parameters:,} parameters, {_number(host_flops)}FLOPs; "
+        f"{arguments.model} itself: {parameters:,} parameters, {short_number(host_flops, 'FLOPs')}; "
         f"{len(shown)} of {places} places shown"
     )
     return 0
@@ -86,30 +87,11 @@ def _print_table(shown: Sequence[Site], title: str) -> None:
 
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("name", overflow="fold")
-    headers = ("channels", "H x W", "layout", "calls", "parameters", "FLOPs", "of the host's", "map bytes")
-    for header in headers:
+    for header in NUMBERS:
         table.add_column(header, justify="right", no_wrap=True)
     for site in shown:
-        table.add_row(
-            site.name,
-            str(site.channels),
-            f"{site.height} x {site.width}",
-            site.layout,
-            str(site.calls),
-            f"{site.parameters:,}",
-            _number(site.flops).rstrip(),
-            f"{site.flops_share:.2%}",
-            "" if site.map_bytes is None else _number(site.map_bytes).rstrip(),
-        )
+        table.add_row(*site.row())
     console = Console(markup=False, highlight=False)
     if not console.is_terminal:
         console = Console(markup=False, highlight=False, width=200)  # a file or pipe has room for long names
     console.print(table)
-
-
-def _number(value: int) -> str:
-    """12.3 M, with the space that goes before a unit."""
-    for factor, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= factor:
-            return f"{value / factor:.3g} {letter}"
-    return f"{value} "

@@ -9,7 +9,9 @@ from torch import nn
 
 from sagan_attn.errors import GraftError
 from sagan_attn.surgery import point as points_
+from sagan_attn.surgery.graft_lines import graft_table, line_of
 from sagan_attn.surgery.groups import graft_groups, is_gamma
+from sagan_attn.surgery.text import counted
 from sagan_attn.surgery.undo import all_or_nothing
 
 __all__ = ["Graft", "Grafts"]
@@ -63,7 +65,12 @@ class Grafts(Sequence[Graft]):
         return len(self._grafts)
 
     def __repr__(self) -> str:
-        return f"Grafts({list(self._grafts)!r})"
+        if not self:
+            return "no grafts"
+        states = [_state(graft) for graft in self]
+        lines = [line_of(graft, not state) for graft, state in zip(self, states, strict=True)]
+        total = sum(parameter.numel() for parameter in self.parameters())
+        return f"{counted(len(self), 'graft')}: {total:,} parameters\n{graft_table(lines, states)}"
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters of the grafts, under their names in the model, each once."""
@@ -119,3 +126,11 @@ class Grafts(Sequence[Graft]):
         with all_or_nothing(graft.anchor for graft in self):
             for graft in self:
                 points_.remove(graft.anchor, graft.name)
+
+
+def _state(graft: Graft) -> str:
+    """ "off", "removed", or nothing to be said."""
+    try:
+        return "off" if graft.name in graft.point.off else ""
+    except GraftError:
+        return "removed"

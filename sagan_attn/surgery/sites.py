@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, SupportsIndex, get_args, overload
 
 from torch import nn
 
@@ -12,12 +12,28 @@ from sagan_attn.surgery.cost import Budget, Cost, cost_of, flops_share, probe_fl
 from sagan_attn.surgery.place import check_anchor, check_open
 from sagan_attn.surgery.probe import Firing, Log, default_example, map_size
 from sagan_attn.surgery.select import anchor_of, host_names
+from sagan_attn.surgery.text import counted, short_number, text_table
 
-__all__ = ["Maps", "Site", "check_calls", "find_places", "maps_of", "sites", "sort_sites", "survey", "within"]
+__all__ = [
+    "NUMBERS",
+    "Maps",
+    "Site",
+    "Sites",
+    "check_calls",
+    "find_places",
+    "maps_of",
+    "sites",
+    "sort_sites",
+    "survey",
+    "within",
+]
 
 Layout = Literal["NCHW", "NHWC"]
 CHANNELS_FIRST = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)
 SortBy = Literal["name", "flops", "parameters", "map_bytes", "positions", "resolution", "flops_share"]
+# Headers of a table of sites, after the name.
+NUMBERS = ("channels", "H x W", "layout", "calls", "parameters", "FLOPs", "of the host's", "map bytes")
+COLUMNS = {"name": "<", **dict.fromkeys(NUMBERS, ">")}
 
 
 @dataclass(frozen=True)
@@ -61,6 +77,35 @@ class Site:
             f"{self.flops / 1e6:.1f} MFLOPs ({self.flops_share:.1%}){weights}{calls}"
         )
 
+    def row(self) -> list[str]:
+        """The name and the cells under `NUMBERS`."""
+        return [
+            self.name,
+            str(self.channels),
+            f"{self.height} x {self.width}",
+            self.layout,
+            str(self.calls),
+            f"{self.parameters:,}",
+            short_number(self.flops),
+            f"{self.flops_share:.2%}",
+            "" if self.map_bytes is None else short_number(self.map_bytes),
+        ]
+
+
+class Sites(list[Site]):
+    """A list of sites whose `repr` is a table; slices are of this class too."""
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Site: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Sites": ...
+    def __getitem__(self, index: SupportsIndex | slice) -> "Site | Sites":
+        return Sites(super().__getitem__(index)) if isinstance(index, slice) else super().__getitem__(index)
+
+    def __repr__(self) -> str:
+        head = counted(len(self), "site")
+        return f"{head}\n{text_table(COLUMNS, [site.row() for site in self])}" if self else head
+
 
 @dataclass(frozen=True)
 class Maps:
@@ -80,7 +125,7 @@ def sites(
     sort_by: SortBy | None = None,
     max_flops_share: float | None = None,
     max_map_bytes: float | None = None,
-) -> list[Site]:
+) -> Sites:
     """Every place of the model where `graft` would put the block, in the order of `named_modules`.
 
     Two names can mean one place: a stage and its last layer. The model is run once, in eval mode, and left as it
@@ -104,7 +149,7 @@ def sites(
     sort_sites([], sort_by)  # refuses what it does not know before the model is run
     budget = Budget(max_flops_share, max_map_bytes)
     found, _ = survey(model, example_input, block, options)
-    return sort_sites(within(found, budget), sort_by)
+    return Sites(sort_sites(within(found, budget), sort_by))
 
 
 def within(found: Sequence[Site], budget: Budget) -> list[Site]:

@@ -1,50 +1,21 @@
 """How large a grafted model is, what of it learns, and freezing the host."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
 
 from sagan_attn.errors import GraftError
 from sagan_attn.surgery.graft import grafts_of
-from sagan_attn.surgery.grafts import Graft, Grafts
+from sagan_attn.surgery.graft_lines import GraftLine, graft_table, line_of, numbers_in
+from sagan_attn.surgery.grafts import Grafts
+from sagan_attn.surgery.text import counted
 
 __all__ = ["GraftLine", "GraftSummary", "freeze_host", "summary"]
 
 
 @dataclass(frozen=True)
-class GraftLine:
-    """One graft of a `GraftSummary`.
-
-    Args:
-        name, site, path: of the graft.
-        block: name of the block's class.
-        parameters, trainable: how many numbers its parameters hold, and those of parameters that require gradients.
-        gamma: the block's own residual gate; None for a block without one or without values (device "meta").
-        on: whether it is switched on; see `Grafts.disabled`.
-    """
-
-    name: str
-    site: str
-    path: str
-    block: str
-    parameters: int
-    trainable: int
-    gamma: float | None
-    on: bool
-
-    def __str__(self) -> str:
-        gamma = "" if self.gamma is None else f"  gamma {self.gamma:.3g}"
-        off = "" if self.on else "  off"
-        return (
-            f"{self.name} at {self.site}: {self.block}, {self.parameters:,} parameters, {self.trainable:,} "
-            f"trainable{gamma}{off}"
-        )
-
-
-@dataclass(frozen=True)
 class GraftSummary:
-    """Parameters of a host and of its grafts, each counted once; one line a graft when printed.
+    """Parameters of a host and of its grafts, each counted once; printed, a table with a row a graft.
 
     Args:
         host: name of the host's class.
@@ -62,12 +33,15 @@ class GraftSummary:
 
     def __str__(self) -> str:
         share = f", {self.graft_parameters / self.host_parameters:.2%} of the host's" if self.host_parameters else ""
-        grafts = f"{len(self.grafts)} grafts: {self.graft_parameters:,} parameters{share}"
-        head = [
+        grafts = f"{counted(len(self.grafts), 'graft')}: {self.graft_parameters:,} parameters{share}"
+        lines = [
             f"{self.host}: {self.host_parameters:,} parameters, {self.host_trainable:,} trainable",
             f"{grafts}, {self.graft_trainable:,} trainable",
         ]
-        return "\n".join(head + [f"  {line}" for line in self.grafts])
+        table = [graft_table(self.grafts, ["" if line.on else "off" for line in self.grafts])] if self.grafts else []
+        return "\n".join(lines + table)
+
+    __repr__ = __str__  # what a notebook shows
 
 
 def summary(model: nn.Module) -> GraftSummary:
@@ -76,8 +50,8 @@ def summary(model: nn.Module) -> GraftSummary:
     grafted = list(grafts.parameters())
     own = {*grafted}
     host = [parameter for parameter in model.parameters() if parameter not in own]
-    lines = tuple(_line(graft) for graft in grafts)
-    return GraftSummary(type(model).__name__, *_counts(host), *_counts(grafted), lines)
+    lines = tuple(line_of(graft, graft.name not in graft.point.off) for graft in grafts)
+    return GraftSummary(type(model).__name__, *numbers_in(host), *numbers_in(grafted), lines)
 
 
 def freeze_host(model: nn.Module) -> Grafts:
@@ -97,24 +71,3 @@ def freeze_host(model: nn.Module) -> Grafts:
         if parameter not in own:
             parameter.requires_grad_(False)
     return grafts
-
-
-def _line(graft: Graft) -> GraftLine:
-    gamma = getattr(graft.block, "gamma", None)
-    if not isinstance(gamma, nn.Parameter) or gamma.numel() != 1 or gamma.is_meta:
-        gamma = None
-    return GraftLine(
-        graft.name,
-        graft.site,
-        graft.path,
-        type(graft.block).__name__,
-        *_counts(graft.block.parameters()),
-        None if gamma is None else float(gamma.detach()),
-        graft.name not in graft.point.off,
-    )
-
-
-def _counts(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
-    """Numbers in all of them, and in those that require gradients."""
-    sizes = [(p.numel(), p.numel() * p.requires_grad) for p in parameters]
-    return sum(size for size, _ in sizes), sum(trainable for _, trainable in sizes)

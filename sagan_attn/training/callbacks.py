@@ -13,17 +13,16 @@ from typing import Any
 import lightning as L
 import pandas as pd
 import torch
-from safetensors.torch import save
 
 from sagan_attn import __version__
-from sagan_attn.files import no_formula, write_whole
-from sagan_attn.training.run import RunPaths, write_json, write_text
+from sagan_attn.files import no_formula
+from sagan_attn.training.run import FORMAT, RunPaths, write_json, write_text
 
 __all__ = ["RunFolder"]
 
 
 class RunFolder(L.Callback):
-    """Writes config, environment, classes and transform when a fit starts, test logits and predictions when they end.
+    """Writes config, environment, classes and transform when a fit starts, and predictions.
 
     A fit that fails in its first epoch leaves nothing: the folder it made is removed.
 
@@ -59,30 +58,13 @@ class RunFolder(L.Callback):
         if unfinished and trainer.is_global_zero and not any(self.paths.checkpoints.glob("*.ckpt")):
             shutil.rmtree(self.paths.folder, ignore_errors=True)  # empty or not there before: see SaganCLI
 
-    def on_test_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        outputs, pl_module.test_outputs = pl_module.test_outputs, []
-        if not self.covers_all(trainer, sum(len(labels) for _, labels in outputs)):
-            return
-        logits, labels = torch.cat([logits for logits, _ in outputs]), torch.cat([labels for _, labels in outputs])
-        metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("test/")}
-        self.paths.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self.paths.test_logits, save({"logits": logits.contiguous(), "labels": labels}))
-        write_json(self.paths.test_metrics, metrics | {"images": len(labels)})
-        print(f"test metrics and logits: {self.paths.test_metrics}, {self.paths.test_logits}")
-
-    def covers_all(self, trainer: Any, seen: int) -> bool:
-        """Whether a pass saw the whole test split; if not, say that its results are not kept."""
-        images = trainer.datamodule.describe()["sizes"]["test"]
-        if seen != images:
-            print(f"only {seen} of {images} test images were seen: nothing is written")
-        return seen == images
-
-    def write_predictions(self, batches: Sequence[torch.Tensor], classes: Sequence[str]) -> None:
+    def write_predictions(self, batches: Sequence[torch.Tensor], classes: Sequence[str], images: Sequence[str]) -> None:
         """predictions.csv: for each image of the test split, in its order, the class and each class's probability."""
         probabilities = torch.cat(list(batches))
         names = [no_formula(name) for name in classes]  # folders' names, which spreadsheets would compute
         table = pd.DataFrame(probabilities.numpy(), columns=names)
         table.insert(0, "prediction", [names[i] for i in probabilities.argmax(dim=1).tolist()], allow_duplicates=True)
+        table.insert(0, "image", [no_formula(name) for name in images], allow_duplicates=True)
         table.index.name = "index"
         write_text(self.paths.predictions, table.to_csv())
 
@@ -107,6 +89,7 @@ def environment(trainer: L.Trainer) -> dict[str, Any]:
     device = trainer.strategy.root_device
     packages = ("torch", "torchvision", "timm", "lightning", "torchmetrics", "numpy", "pillow", "scikit-learn")
     return {
+        "format": FORMAT,
         "sagan_attn": __version__,
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in packages},

@@ -1,6 +1,6 @@
 """Checkpoints: which are kept, that they are written whole, and what a run may be continued with."""
 
-import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +8,10 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from sagan_attn.errors import CheckpointError, ConfigError, one_line
-from sagan_attn.files import write_whole
-from sagan_attn.training.run import RunPaths, read_checkpoint, read_config
+from sagan_attn import __version__
+from sagan_attn.errors import CheckpointError, ConfigError, FormatError, one_line
+from sagan_attn.files import whole_file
+from sagan_attn.training.run import FORMAT, FORMAT_KEY, RunPaths, read_checkpoint, read_config
 
 __all__ = ["WholeFileIO", "check_averaging", "check_resume", "checkpoint_callbacks", "newest_checkpoint"]
 
@@ -41,17 +42,21 @@ class WholeFileIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         if storage_options is not None:
             raise TypeError(f"storage_options ({storage_options!r}) must be None: checkpoints are local files")
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, buffer.getbuffer())
+        with whole_file(path) as file:
+            torch.save({**checkpoint, FORMAT_KEY: {"format": FORMAT, "library": __version__}}, file)
         self._written_to.add(Path(path).parent.resolve())
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """As `read_checkpoint`, whatever weights_only says: on the CPU, and no code of the file is run."""
-        return read_checkpoint(path)
+        content = read_checkpoint(path)
+        callbacks = content.get("callbacks")
+        for state in callbacks.values() if isinstance(callbacks, dict) else ():
+            if isinstance(state, dict) and isinstance(state.get("dirpath"), str):
+                _follow(state, os.path.realpath(Path(path).parent))
+        return content
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a file beside those that were written, and nothing else.
@@ -76,16 +81,39 @@ def checkpoint_callbacks(paths: RunPaths) -> list[ModelCheckpoint]:
     return [best, last]
 
 
+def _follow(state: dict[str, Any], folder: str) -> None:
+    """Change the state of a `ModelCheckpoint` to the folder where its checkpoints are now.
+
+    Of a run that was moved, Lightning would forget the best score, and a worse epoch would replace `best.ckpt`.
+    """
+    before = Path(state["dirpath"])
+
+    def now(path: Any) -> Any:
+        return os.path.join(folder, Path(path).name) if isinstance(path, str) and Path(path).parent == before else path
+
+    state["dirpath"] = folder
+    for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+        if key in state:
+            state[key] = now(state[key])
+    if isinstance(state.get("best_k_models"), dict):
+        state["best_k_models"] = {now(path): score for path, score in state["best_k_models"].items()}
+
+
 def newest_checkpoint(paths: RunPaths) -> Path | None:
     """The checkpoint of a run that goes furthest; None if it has none. Those that cannot be read are named.
 
     One that was written between an epoch's last batch and its end is left out: that epoch would never be validated.
+
+    Raises:
+        FormatError: a later version of the library wrote one of them.
     """
     found = []
     for path in paths.checkpoints.glob("*.ckpt"):
         try:
             content = read_checkpoint(path)
             epochs, batches = _progress(content)
+        except FormatError:  # to begin anew would write over what a later version did
+            raise
         except (CheckpointError, KeyError, TypeError) as error:
             print(f"passed over: {error}")
             continue
@@ -105,7 +133,7 @@ def check_resume(config: dict[str, Any], paths: RunPaths) -> None:
 
     Raises:
         ConfigError: the differences, by name; or a folder without a run.
-        CheckpointError: the run's config cannot be read.
+        CheckpointError: the run's config cannot be read; `FormatError`: a later version of the library wrote it.
     """
     if not paths.config.is_file():
         raise ConfigError(f"{paths.folder} holds no run to go on with: {paths.config.name} is missing")

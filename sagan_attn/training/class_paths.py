@@ -40,7 +40,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "lightning.pytorch.callbacks.RichModelSummary": (),
     "lightning.pytorch.callbacks.RichProgressBar": ("console_kwargs",),
     "lightning.pytorch.callbacks.TQDMProgressBar": (),
+    "lightning.pytorch.loggers.CSVLogger": ("save_dir",),
+    "lightning.pytorch.loggers.MLFlowLogger": ("artifact_location", "save_dir", "tracking_uri"),
     "lightning.pytorch.loggers.TensorBoardLogger": (),
+    "lightning.pytorch.loggers.WandbLogger": ("dir", "experiment", "save_dir"),
 }
 BARE = {path.rpartition(".")[2]: path for path in ALLOWED}
 
@@ -55,6 +58,11 @@ DATASETS = frozenset(f"torchvision.datasets.{name}" for name in NAMES)
 # Keys that must be left out anywhere: timm loads what they name, a file or an address, in some ways by unpickling it;
 # Lightning sends checkpoints to the last.
 LOADED = ("cache_dir", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "model_registry")
+
+# Where loggers write, which only `fit` does; it puts the run folder in the place of what they have by themselves.
+TARGETS = ("artifact_location", "dir", "save_dir", "tracking_uri")
+UNSET = (".", "./mlruns")
+FURTHER = {"lightning.pytorch.loggers.WandbLogger": ("entity", "group", "job_type", "notes", "tags")}  # of dict_kwargs
 
 SECTIONS = ("seed_everything", "trainer", "model", "data", "run_dir")  # what `fit` keeps of a call
 WORDS = ("accelerator", "strategy", "profiler")  # of the trainer: a word or a class
@@ -75,10 +83,11 @@ def travels(path: str | Path) -> bool:
     return any(_in_record(place) for place in {Path(os.path.abspath(path)), Path(os.path.realpath(path))})
 
 
-def check_file(path: str | Path) -> None:
+def check_file(path: str | Path, *, fitting: bool = True) -> None:
     """Refuse a config that travels and names more than it may; any other file is left unread.
 
-    Raises `ConfigError`.
+    fitting: False for a command that logs nothing, to which it is all the same where loggers write. Raises
+    `ConfigError`.
     """
     if not Path(path).is_file() or not travels(path):
         return
@@ -89,21 +98,24 @@ def check_file(path: str | Path) -> None:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"{path} cannot be read as the config of a run: {reason}") from error
     for config in configs:
-        check_config(config, str(path))
+        check_config(config, str(path), fitting=fitting)
 
 
-def check_config(config: Any, where: str, *, said: Collection[str] = (), hint: str = READ_IT) -> None:
+def check_config(
+    config: Any, where: str, *, said: Collection[str] = (), hint: str = READ_IT, fitting: bool = True
+) -> None:
     """Refuse a training config that travels unless it has the shape that `fit` writes and names what it may.
 
     Args:
         where: the file, for messages.
         said: texts of the user's own config, which may stand anywhere here too.
         hint: what to do.
+        fitting: see `check_file`.
 
     Raises:
         ConfigError: the key and what stands there.
     """
-    _Check(where, frozenset(said), hint).whole(config)
+    _Check(where, frozenset(said), hint, fitting).whole(config)
 
 
 def texts(value: Any) -> Iterator[str]:
@@ -120,6 +132,7 @@ class _Check:
     where: str
     said: frozenset[str]
     hint: str
+    fitting: bool
     nodes: int = 0
 
     def whole(self, config: Any) -> None:
@@ -174,8 +187,13 @@ class _Check:
                 self.item(key, each, f"{place}.{key}", depth + 1)
             return
         known = self.named(content.get("class_path"), f"{place}.class_path")
-        if more := content.keys() - {*OF_CLASS}:
+        further = FURTHER.get(known or "", ())
+        if more := content.keys() - {*OF_CLASS, *(["dict_kwargs"] if further else [])}:
             self.refuse(f"{place}.{min(more)}", "is no part of a class: class_path and init_args are")
+        for key, each in self.mapping(content.get("dict_kwargs") or {}, f"{place}.dict_kwargs", depth + 1):
+            if key not in further:
+                self.refuse(f"{place}.dict_kwargs.{key}", f"is {_short(each)}, and must be left out")
+            self.anything(each, f"{place}.dict_kwargs.{key}", depth + 2)
         for key, each in self.mapping(content.get("init_args") or {}, f"{place}.init_args", depth + 1):
             self.argument(known, key, each, f"{place}.init_args.{key}", depth + 2)
 
@@ -188,10 +206,14 @@ class _Check:
             return
         self.item(key, value, place, depth)
         if value is not None and not self.said.issuperset(texts(value)):
-            if key in ALLOWED[known]:
+            if key in ALLOWED[known] and not (key in TARGETS and self.harmless(value)):
                 self.refuse(place, f"is {_short(value)}, and must be left out")
             if known.endswith(".TorchvisionData") and key == "dataset" and value not in DATASETS:
                 self.refuse(place, f"names {_short(value)}, which is none of the data sets that it may name")
+
+    def harmless(self, target: Any) -> bool:
+        """Whether nothing is sent or written to where a logger says, or it is where this user's MLflow is anyway."""
+        return not self.fitting or target in (*UNSET, os.environ.get("MLFLOW_TRACKING_URI"))
 
     def bounded(self, value: Any, place: str, depth: int) -> None:
         self.count(place, depth)

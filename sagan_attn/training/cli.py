@@ -1,12 +1,10 @@
 """The command line: `python train.py fit|validate|test|predict --config <file>.yaml`, and the default run."""
 
-import logging
 import os
 import re
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -41,11 +39,13 @@ from sagan_attn.training.module import ClassifierModule
 from sagan_attn.training.parser import ConfigParser
 from sagan_attn.training.profiler import NoProfiler
 from sagan_attn.training.progress import SecondBar
+from sagan_attn.training.quiet import quieten
 from sagan_attn.training.random_state import RandomState
 from sagan_attn.training.run import RunPaths, read_checkpoint
 from sagan_attn.training.stopping import KeepGoing, StoppedBySignalError
+from sagan_attn.training.test_results import ReportTest, covers_all
 
-__all__ = ["SaganCLI", "best_precision", "main", "quieten"]
+__all__ = ["SaganCLI", "best_precision", "main"]
 
 
 # What of a call belongs to the run, and is kept in its config.yaml.
@@ -214,7 +214,7 @@ class SaganCLI(LightningCLI):
         config_text = yaml.safe_dump(self._saved_config(), sort_keys=False)
         self.folder = RunFolder(paths, config_text, resumed=bool(self.options.get("ckpt_path")))
         trainer = self.config_init[self.config["subcommand"]].trainer
-        callbacks = [*_listed(trainer.callbacks), self.folder, OutOfMemoryNote()]
+        callbacks = [*_listed(trainer.callbacks), self.folder, ReportTest(paths), OutOfMemoryNote()]
         if not any(isinstance(callback, FiniteGuard) for callback in callbacks):
             callbacks.append(FiniteGuard())
         if trainer.enable_checkpointing is not False and not trainer.fast_dev_run:
@@ -252,8 +252,10 @@ class SaganCLI(LightningCLI):
     def predict(self, **arguments: Any) -> None:
         """`Trainer.predict` on the test split, written to predictions.csv."""
         batches = self.trainer.predict(**{**arguments, "return_predictions": True}) or []
-        if self.folder.covers_all(self.trainer, sum(len(batch) for batch in batches)):  # type: ignore[arg-type]
-            self.folder.write_predictions(batches, self.datamodule.classes)  # type: ignore[arg-type]
+        if covers_all(self.trainer, images := sum(len(batch) for batch in batches)):  # type: ignore[arg-type]
+            pictures = self.datamodule.given_pictures("test")
+            names = [pictures.name(index) for index in range(images)]
+            self.folder.write_predictions(batches, self.datamodule.classes, names)  # type: ignore[arg-type]
             print(f"predictions: {self.folder.paths.predictions}")
 
 
@@ -267,26 +269,6 @@ def best_precision(accelerator: str) -> str:
     if accelerator in ("auto", "cpu") and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
         return "bf16-mixed"
     return "32-true"
-
-
-def quieten() -> None:
-    """Keep advertisements and notes on Lightning's own inside from the terminal."""
-    for message in (
-        ".*treespec, LeafSpec.*",
-        ".*smaller than the logging interval.*",
-        ".*many workers.*",
-        "Checkpoint directory .* not empty",
-        r"`ModelCheckpoint\(monitor='val/accuracy'\)` could not find",  # a run without validation has no best
-        "You're using the WeightAveraging callback with a model that overrides",  # it is of one device
-        "The default weight initialization of GoogleNet",
-    ):
-        warnings.filterwarnings("ignore", message=message)
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(_no_advertisement)  # one function, which is not added twice
-
-
-def _no_advertisement(record: logging.LogRecord) -> bool:
-    return "litlogger" not in record.getMessage()
 
 
 def _listed(value: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""metrics.csv: one row an epoch; and TensorBoard on a full disk."""
+"""metrics.csv: one row an epoch; where other loggers write; and TensorBoard on a full disk."""
 
 import io
 import threading
@@ -13,9 +13,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from sagan_attn.errors import CheckpointError
 from sagan_attn.files import read_text
-from sagan_attn.training.run import write_text
+from sagan_attn.training.run import RunPaths, write_text
 
-__all__ = ["EpochCSV", "full_disk_of"]
+__all__ = ["EpochCSV", "full_disk_of", "place_loggers"]
 
 MAX_BYTES = 100_000_000
 
@@ -104,3 +104,20 @@ def full_disk_of(folder: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(folder)) from error
     finally:
         threading.excepthook = before
+
+
+def place_loggers(configs: Any, paths: RunPaths) -> None:
+    """Send what W&B and MLflow write into the run folder, in the parsed configs of loggers, unless they say where.
+
+    By themselves W&B would write into the working directory, and MLflow into a store of files there, which its newer
+    versions refuse. MLflow gets a database in the run folder, for which it needs SQLAlchemy.
+
+    configs: of `trainer.logger`: one, a list of them, or None or a bool, which is left alone.
+    """
+    for config in configs if isinstance(configs, list) else [configs]:
+        name, arguments = getattr(config, "class_path", None), getattr(config, "init_args", {})
+        if name == "lightning.pytorch.loggers.WandbLogger" and str(arguments["save_dir"]) == ".":
+            arguments["save_dir"] = str(paths.folder)
+        if name == "lightning.pytorch.loggers.MLFlowLogger" and not arguments["tracking_uri"]:
+            arguments["tracking_uri"] = f"sqlite:///{paths.mlflow}"
+            arguments["artifact_location"] = arguments["artifact_location"] or str(paths.mlflow_files)

@@ -13,7 +13,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from sagan_attn.errors import CheckpointError, ConfigError
 from sagan_attn.surgery import Grafts, grafts_of
 from sagan_attn.training.compiling import check_compile
-from sagan_attn.training.hosts import HostConfig, find_head
+from sagan_attn.training.freezing import host_norms_to_eval, host_parameters
+from sagan_attn.training.hosts import HostConfig
 from sagan_attn.training.mean import ImageMean
 from sagan_attn.training.network import GraftConfig, build_network
 from sagan_attn.training.optim import OptimizerConfig, ScheduleConfig, clip_by_norm, create_optimizer, create_schedule
@@ -38,6 +39,8 @@ class ClassifierModule(L.LightningModule):
         num_classes: None for the data's; a number must agree with them.
         label_smoothing: share of the target spread over all classes.
         freeze_host: train the grafts and the head alone; the host's batch norms stay in eval mode.
+        unfreeze_epoch: with freeze_host, from this epoch on (counted from 0) the host trains too, at
+            optimizer.host_lr_scale times the rate, and its batch norms with it; None for never.
         channels_last: keep maps in channels-last memory format, the faster one for convolutions on most devices.
         compile: compile the network with torch.compile.
         compile_mode: of torch.compile: "default", "reduce-overhead" (CUDA graphs), "max-autotune" (with them too) or
@@ -58,6 +61,7 @@ class ClassifierModule(L.LightningModule):
         num_classes: int | None = None,
         label_smoothing: float = 0.0,
         freeze_host: bool = False,
+        unfreeze_epoch: int | None = None,
         channels_last: bool = True,
         compile: bool = False,
         compile_mode: str | None = None,
@@ -65,6 +69,8 @@ class ClassifierModule(L.LightningModule):
         super().__init__()
         if not 0 <= label_smoothing < 1:
             raise ConfigError(f"label_smoothing ({label_smoothing}) must lie in [0, 1)")
+        if unfreeze_epoch is not None and (unfreeze_epoch < 1 or not freeze_host):
+            raise ConfigError(f"unfreeze_epoch ({unfreeze_epoch}) must be at least 1, and goes with freeze_host: true")
         check_compile(compile, compile_mode)
         self.host = host
         self.graft_configs = list(grafts or [])
@@ -73,6 +79,9 @@ class ClassifierModule(L.LightningModule):
         self.num_classes = num_classes
         self.label_smoothing = label_smoothing
         self.freeze_host = freeze_host
+        self.unfreeze_epoch = unfreeze_epoch
+        self._host_rests = freeze_host
+        self._resting: list[nn.Parameter] = []
         self.channels_last = channels_last
         self.compile_network = compile
         self.compile_mode = compile_mode
@@ -107,7 +116,10 @@ class ClassifierModule(L.LightningModule):
     def setup_network(self, network: nn.Module, num_classes: int) -> None:
         """Take a built network: freeze, lay out in memory and compile it as asked."""
         if self.freeze_host:
-            _freeze_host(network)
+            self._resting = host_parameters(network)
+            if self.unfreeze_epoch is None:
+                for parameter in self._resting:
+                    parameter.requires_grad_(False)
         if self.channels_last:
             network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.compile_network:
@@ -124,11 +136,8 @@ class ClassifierModule(L.LightningModule):
 
     def train(self, mode: bool = True) -> "ClassifierModule":
         super().train(mode)
-        if mode and self.freeze_host and hasattr(self, "network"):
-            grafted = {module for graft in self.grafts for module in graft.block.modules()}
-            for module in self.network.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm) and module not in grafted:
-                    module.eval()
+        if mode and self._host_rests and hasattr(self, "network"):
+            host_norms_to_eval(self.network)
         return self
 
     def forward(self, images: Tensor) -> Tensor:
@@ -179,6 +188,11 @@ class ClassifierModule(L.LightningModule):
         epochs = self.trainer.max_epochs
         if epochs is None or epochs < 1:
             raise ConfigError("trainer.max_epochs must be given, at least 1: the learning rate is planned over it")
+        if self.unfreeze_epoch is not None and self.unfreeze_epoch >= epochs:
+            raise ConfigError(
+                f"unfreeze_epoch ({self.unfreeze_epoch}) must lie below trainer.max_epochs ({epochs}); leave it out to "
+                "keep the host frozen"
+            )
         check_compile(self.compile_network, self.compile_mode, self.trainer.accumulate_grad_batches)
         steps = int(self.trainer.estimated_stepping_batches)
         if steps < 1:
@@ -211,7 +225,29 @@ class ClassifierModule(L.LightningModule):
             warnings.filterwarnings("ignore", message="Found .* in eval mode at the start of training")
         self._first_gammas = {name: gamma.item() for name, gamma in self.grafts.gammas().items()}
 
+    def _rest_host(self) -> None:
+        """Freeze or unfreeze the host, by the epoch.
+
+        The optimizer has its parameters from the start, and leaves alone those without gradients. DDP wants gradients
+        of the same parameters throughout: there they are made, and dropped.
+        """
+        if self.unfreeze_epoch is None:
+            return
+        self._host_rests = self.current_epoch < self.unfreeze_epoch
+        for parameter in self._resting:
+            parameter.requires_grad_(not self._host_rests or self.trainer.world_size > 1)
+        self.train()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._host_rests:
+            for parameter in self._resting:
+                parameter.grad = None
+
+    def on_train_epoch_start(self) -> None:
+        self._rest_host()
+
     def on_train_start(self) -> None:
+        self._rest_host()  # a run that goes on in mid-epoch does not start the epoch
         # configure_optimizers had the loader made before the checkpoint was read: where it stopped is told to it here
         self.trainer.fit_loop._load_combined_loader_states()
 
@@ -264,10 +300,3 @@ def check_fit(own: dict[str, Tensor], state: dict[str, Tensor], what: str) -> No
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(f"{what} does not fit the model: {'; '.join(problems[:3])}{more}")
-
-
-def _freeze_host(network: nn.Module) -> None:
-    keep = {*grafts_of(network).parameters(), *find_head(network).parameters()}
-    for parameter in network.parameters():
-        if parameter not in keep:  # and those that keep what they are set to: some of a graft's may not learn either
-            parameter.requires_grad_(False)

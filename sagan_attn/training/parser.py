@@ -18,7 +18,7 @@ class ConfigParser(LightningArgumentParser):
 
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
         """A file given with `--config`. Raises `ConfigError`."""
-        check_file(path)
+        check_file(path, fitting=getattr(self, "subcommand", "fit") == "fit")
         return super().parse_path(path, *args, **kwargs)
 
     def add_class_arguments(self, *args: Any, **kwargs: Any) -> Any:

@@ -92,7 +92,7 @@ class KeepGoing(Checkpoint):  # Lightning puts these last, after those that chan
         agreed = self._agreed(trainer, self.received or due)
         if not agreed:
             return
-        trainer.save_checkpoint(self.paths.checkpoint("last"))
+        trainer.save_checkpoint(self.paths.checkpoint("last"), weights_only=False)  # None is logged each time
         self._saved = time.monotonic()
         if agreed != SAVE:
             self._stop(trainer)

@@ -98,6 +98,7 @@ def runner(store: Store, tmp_path: Path) -> Any:
     return lambda: subprocess.Popen([sys.executable, script, store.folder], env={**os.environ, "PYTHONPATH": path})
 
 
+@pytest.mark.slow
 def test_two_runners_share_the_cells_and_one_that_is_interrupted_stops_its_own(store: Store, runner: Any):
     behave(store, 0, "slow")
     first = runner()

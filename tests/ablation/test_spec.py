@@ -184,6 +184,7 @@ def test_variants_and_controls(spec: Any):
     assert found["deeper, lr 0.2"].config["model"]["host"]["options"] == {"extra": 1}
 
 
+@pytest.mark.slow
 def test_controls_go_on_with_what_they_stand_beside(spec: Any):
     read = read_spec(
         spec(

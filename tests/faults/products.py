@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 from xml.etree import ElementTree
@@ -30,6 +29,7 @@ from sagan_attn.training.callbacks import RunFolder
 from sagan_attn.training.checkpoints import WholeFileIO
 from sagan_attn.training.logger import EpochCSV
 from sagan_attn.training.run import RunPaths, read_checkpoint, write_json, write_text
+from sagan_attn.training.test_results import StoredLogits, write_test_results
 from sagan_attn.viz.draw import save_figure, write_file
 
 KEY = "0123456789abcdef"
@@ -78,16 +78,16 @@ def _metrics(folder: Path, number: int) -> None:
 
 
 def _test(folder: Path, number: int) -> None:
-    data = SimpleNamespace(describe=lambda: {"sizes": {"test": 1000 * number}})
-    trainer: Any = SimpleNamespace(datamodule=data, callback_metrics={"test/loss": torch.tensor(float(number))})
     images = 1000 * number
-    outputs = [(torch.full((images, 10), float(number)), torch.zeros(images, dtype=torch.long))]
-    RunFolder(RunPaths(folder), "", False).on_test_end(trainer, SimpleNamespace(test_outputs=outputs))
+    results = StoredLogits(torch.full((images, 10), float(number)), torch.zeros(images, dtype=torch.long), None)
+    write_test_results(RunPaths(folder), results, {"test/loss": float(number)})
 
 
 def _predictions(folder: Path, number: int) -> None:
     probabilities = torch.rand(500 * number, 3, generator=torch.Generator().manual_seed(number))
-    RunFolder(RunPaths(folder), "", False).write_predictions([probabilities], ["a", "b", "c"])
+    RunFolder(RunPaths(folder), "", False).write_predictions(
+        [probabilities], ["a", "b", "c"], ["photo.jpg"] * len(probabilities)
+    )
 
 
 def _logits(folder: Path, number: int) -> None:

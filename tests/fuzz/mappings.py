@@ -25,6 +25,10 @@ def mutated(
 ) -> Any:
     """A copy of the content with up to so many changes; values and keys: beside those of any kind."""
     content = copy.deepcopy(content)
+
+    def value() -> Any:
+        return copy.deepcopy(draw(draw(st.sampled_from([values, json_values]))))  # to be changed itself later
+
     for _ in range(draw(st.integers(1, changes))):
         places = list(_places(content))
         if not places:
@@ -40,9 +44,9 @@ def mutated(
         elif kind == "same":
             place[key] = copy.deepcopy(draw(st.sampled_from([p[k] for p, k in places])))
         elif kind == "replace" or not isinstance(place, dict):
-            place[key] = draw(draw(st.sampled_from([values, json_values])))
+            place[key] = value()
         elif kind == "add":
-            place[draw(draw(st.sampled_from([keys, words])))] = draw(draw(st.sampled_from([values, json_values])))
+            place[draw(draw(st.sampled_from([keys, words])))] = value()
         else:
             place[draw(draw(st.sampled_from([keys, words])))] = place.pop(key)
     return content

@@ -272,7 +272,7 @@ def changed(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-@pytest.mark.parametrize("command", ["fit", "test"])
+@pytest.mark.parametrize("command", ["fit", pytest.param("test", marks=pytest.mark.slow)])
 def test_hyperparameters_name_no_classes(command: str, copy: RunPaths, canary: Canary, monkeypatch: pytest.MonkeyPatch):
     path = copy.checkpoint("last")
     bomb, boom = {"class_path": canary.bomb}, {"class_path": canary.boom, "init_args": {"a": 1}}

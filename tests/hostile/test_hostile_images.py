@@ -231,10 +231,12 @@ def test_names_of_classes_are_names(tmp_path: Path):
     assert len(streamed.fingerprint()) == 64
     paths = RunPaths(tmp_path / "run")
     probabilities = torch.eye(len(NAMES))
-    RunFolder(paths, "", False).write_predictions([probabilities], data.classes)
+    RunFolder(paths, "", False).write_predictions(
+        [probabilities], data.classes, [f"={name}.png" for name in data.classes]
+    )
     table = pd.read_csv(paths.predictions, header=None, dtype=str, keep_default_na=False)
-    assert table.shape == (len(NAMES) + 1, len(NAMES) + 2)
-    assert list(table.iloc[1:, 1]) == list(table.iloc[0, 2:])
+    assert table.shape == (len(NAMES) + 1, len(NAMES) + 3)
+    assert list(table.iloc[1:, 2]) == list(table.iloc[0, 3:])
     for cell in table.to_numpy().ravel():
         assert not cell.startswith(("=", "-", "@", "+"))
     assert "'=1+1" in set(table.iloc[0])

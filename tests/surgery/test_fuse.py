@@ -252,17 +252,8 @@ def test_compiles_exports_and_copies():
         torch.testing.assert_close(exported(x), fused(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        *cases("sagan"),
-        *(
-            pytest.param(case, marks=pytest.mark.slow)
-            for case in cases("nonlocal-caffe2", "botnet", "encoder", "additive")
-        ),
-    ],
-    ids=str,
-)
+@pytest.mark.slow  # exports of runs are tested fast
+@pytest.mark.parametrize("case", cases("sagan", "nonlocal-caffe2", "botnet", "encoder", "additive"), ids=str)
 @pytest.mark.filterwarnings("ignore")  # torch.onnx and onnxscript warn about themselves
 def test_onnx(case: Case, tmp_path: Path):
     ort = pytest.importorskip("onnxruntime")

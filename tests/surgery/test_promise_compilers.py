@@ -106,7 +106,7 @@ def test_compiles_with_inductor():
         torch.testing.assert_close(compiled(host.images), host.original)
 
 
-@pytest.mark.parametrize("options", [{}, {"pool": 2}])
+@pytest.mark.parametrize("options", [{}, pytest.param({"pool": 2}, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", EXPORTED)
 def test_exports_with_dynamic_batch_and_size(name: str, options: dict[str, Any]):
     host = grafted(name, count=False, **options)

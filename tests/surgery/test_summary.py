@@ -116,8 +116,11 @@ def test_summary():
     lines = str(found).splitlines()
     assert lines[0] == f"Tiny: {bare.host_parameters:,} parameters, {bare.host_parameters - stem:,} trainable"
     assert lines[1].startswith(f"3 grafts: {own:,} parameters, {own / bare.host_parameters:.2%} of the host's")
-    assert lines[2] == "  sagan at stage: SelfAttention2d, 91 parameters, 91 trainable  gamma 0.7  off"
-    assert len(lines) == 5
+    assert lines[2].split() == ["name", "site", "block", "parameters", "trainable", "gamma"]
+    assert lines[3].split() == ["sagan", "stage", "SelfAttention2d", "91", "91", "0.7", "off"]
+    assert lines[5].split() == ["multihead", "top", "MultiHeadAttention2d", "1,024", "1,024"]
+    assert len(lines) == 6
+    assert str(found.grafts[0]) == "sagan at stage: SelfAttention2d, 91 parameters, 91 trainable  gamma 0.7  off"
     assert summary(model.to("meta")).grafts[0].gamma is None
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from sklearn.metrics import balanced_accuracy_score, confusion_matrix
 from small_runs import CONFIGS, SMALL
 
 from sagan_attn import grafts_of
@@ -56,7 +57,19 @@ def test_test_and_predict_take_the_best_checkpoint(small_run, capsys):
     metrics = json.loads(paths.test_metrics.read_text())
     assert metrics["images"] == 64
     assert metrics["test/accuracy"] == pytest.approx((logits.argmax(1) == split.labels).float().mean().item())
+    assert metrics["test/nll"] == pytest.approx(metrics["test/loss"], rel=1e-5)
+    assert metrics["test/balanced_accuracy"] == pytest.approx(balanced_accuracy_score(split.labels, logits.argmax(1)))
+    confusion = pd.read_csv(paths.test / "confusion.csv", index_col=0)
+    assert (confusion.to_numpy() == confusion_matrix(split.labels, logits.argmax(1), labels=range(10))).all()
+    assert pd.read_csv(paths.test / "classes.csv")["images"].tolist() == split.labels.bincount(minlength=10).tolist()
+    assert pd.read_csv(paths.test / "calibration.csv")["images"].sum() == 64
+    worst = pd.read_csv(paths.test / "worst.csv")
+    wrong = (logits.argmax(1) != split.labels).nonzero().squeeze(1).tolist()
+    assert sorted(worst["index"]) == wrong
+    assert worst["probability_class"].is_monotonic_increasing
+    assert {path.name for path in paths.test.glob("*.png")} == {"confusion.png", "reliability.png", "worst.png"}
     predictions = pd.read_csv(paths.predictions)
+    assert predictions["image"].tolist() == list(range(64))
     assert predictions["prediction"].tolist() == [int(run.classes[i]) for i in logits.argmax(1)]
     assert predictions[run.classes].sum(axis=1).to_numpy() == pytest.approx(1.0, abs=1e-5)
 
@@ -79,6 +92,7 @@ def test_print_config_and_every_shipped_config(capsys):
         assert printed["model"]["host"]["name"] == yaml.safe_load(path.read_text())["model"]["host"]["name"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_where_it_was(small_run, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     arguments = ["fit", *SMALL, "--run_dir", str(folder)]
@@ -98,6 +112,7 @@ def test_an_interrupted_run_goes_on_where_it_was(small_run, tmp_path, monkeypatc
     assert (folder / "environment.json").read_text() == environment
 
 
+@pytest.mark.slow
 def test_a_terminated_run_ends_with_143(tmp_path, monkeypatch):
     step = ClassifierModule.training_step
 
@@ -178,34 +193,38 @@ def test_the_same_seed_gives_the_same_run(small_run, tmp_path):
     pd.testing.assert_frame_equal(first, pd.read_csv(tmp_path / "again/metrics.csv"))
 
 
+BAD_VALUES = [
+    (["--model.grafts", '[{"at": "local", "block": "sagn"}]'], "unknown block 'sagn'; did you mean sagan"),
+    (["--model.num_classes", "9"], r"num_classes \(9\) does not match the data, which have 10"),
+    (["--ckpt_path", "nowhere.ckpt"], "there is no checkpoint nowhere.ckpt"),
+    (["--trainer.devices", "0"], "trainer: "),
+    (["--data.batch_size", "0"], r"batch_size \(0\)"),
+    (["--data", "FolderData", "--data.root", "nowhere"], "nowhere"),
+]
+MORE_BAD_VALUES = [
+    (["--model.grafts", '[{"at": "locale"}]'], "matches the name 'locale'; near names: local"),
+    (["--model.grafts", '[{"at": "local", "options": {"haeds": 2}}]'], "no option 'haeds'; it has heads"),
+    (["--model.grafts", '[{"at": "local", "options": {"heads": 3}}]'], r"heads \(3\) must divide"),
+    (["--model.grafts", '[{"at": "head"}]'], "puts out a tensor of shape"),
+    (["--model.host.name", "resnet19"], "unknown host 'resnet19'; near names: .*resnet"),
+    (["--model.optimizer.name", "adamx"], "adamx"),
+    (["--ckpt_path", "last"], "there is no checkpoint .*last.ckpt"),
+    (["--model.host.name", "torchvision/alexnet"], r"does not take images of shape \(3, 48, 48\).*small_images"),
+    (
+        ["--model.host.name", "torchvision/googlenet", "--model.grafts", "[]"],
+        "gives a GoogLeNetOutputs in training",
+    ),
+    (["--model.host.name", "timm/resnet18.nope"], "timm/resnet18.nope"),
+    (["--trainer.accelerator", "xyz"], "trainer: "),
+    (["--trainer.gradient_clip_algorithm", "foo"], "trainer: "),
+    (["--trainer.max_epochs", "-1"], "max_epochs must be given"),
+    (["--seed_everything", "-1"], "seed_everything"),
+    (["--model.schedule.warmup_epochs", "2"], r"warmup_epochs \(2.0\) must lie in \[0, 2\)"),
+]
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--model.grafts", '[{"at": "local", "block": "sagn"}]'], "unknown block 'sagn'; did you mean sagan"),
-        (["--model.grafts", '[{"at": "locale"}]'], "matches the name 'locale'; near names: local"),
-        (["--model.grafts", '[{"at": "local", "options": {"haeds": 2}}]'], "no option 'haeds'; it has heads"),
-        (["--model.grafts", '[{"at": "local", "options": {"heads": 3}}]'], r"heads \(3\) must divide"),
-        (["--model.grafts", '[{"at": "head"}]'], "puts out a tensor of shape"),
-        (["--model.host.name", "resnet19"], "unknown host 'resnet19'; near names: .*resnet"),
-        (["--model.num_classes", "9"], r"num_classes \(9\) does not match the data, which have 10"),
-        (["--model.optimizer.name", "adamx"], "adamx"),
-        (["--ckpt_path", "nowhere.ckpt"], "there is no checkpoint nowhere.ckpt"),
-        (["--ckpt_path", "last"], "there is no checkpoint .*last.ckpt"),
-        (["--model.host.name", "torchvision/alexnet"], r"does not take images of shape \(3, 48, 48\).*small_images"),
-        (
-            ["--model.host.name", "torchvision/googlenet", "--model.grafts", "[]"],
-            "gives a GoogLeNetOutputs in training",
-        ),
-        (["--model.host.name", "timm/resnet18.nope"], "timm/resnet18.nope"),
-        (["--trainer.devices", "0"], "trainer: "),
-        (["--trainer.accelerator", "xyz"], "trainer: "),
-        (["--trainer.gradient_clip_algorithm", "foo"], "trainer: "),
-        (["--trainer.max_epochs", "-1"], "max_epochs must be given"),
-        (["--seed_everything", "-1"], "seed_everything"),
-        (["--model.schedule.warmup_epochs", "2"], r"warmup_epochs \(2.0\) must lie in \[0, 2\)"),
-        (["--data.batch_size", "0"], r"batch_size \(0\)"),
-        (["--data", "FolderData", "--data.root", "nowhere"], "nowhere"),
-    ],
+    ("arguments", "message"), [*BAD_VALUES, *(pytest.param(*one, marks=pytest.mark.slow) for one in MORE_BAD_VALUES)]
 )
 def test_bad_values_get_one_line_and_leave_nothing(arguments, message, tmp_path, capsys):
     folder = tmp_path / "run"

@@ -18,15 +18,23 @@ TWO = ["--trainer.strategy=ddp", "--trainer.devices=2", "--data.batch_size=16", 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
+CONVNEXT = [
+    *["--model.host.name=timm/convnext_atto", '--model.host.options={"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}'],
+    *['--model.grafts=[{"at": "stages.1"}]', "--model.unfreeze_epoch=1"],
+]
+
+
 @pytest.mark.slow
-def test_two_processes_give_the_metrics_of_one(tmp_path: Path):
-    """With half of the batch each: the same images a step, and gradients averaged over the same. The host is frozen,
-    because batch norm sees half of the batch, and torch has no synchronised one for CPUs."""
+@pytest.mark.parametrize("host", [[], CONVNEXT], ids=["frozen", "unfrozen"])
+def test_two_processes_give_the_metrics_of_one(host: list[str], tmp_path: Path):
+    """With half of the batch each: the same images a step, and gradients averaged over the same. Batch norm sees half
+    of the batch, and torch has no synchronised one for CPUs: a host with it is frozen, and one without is unfrozen."""
     tables = []
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         arguments = [*SMALL, "--model.freeze_host=true", f"--data.batch_size={32 // processes}", f"--run_dir={folder}"]
         arguments += [
+            *host,
             "--trainer.strategy=ddp",
             f"--trainer.devices={processes}",
             "--trainer.precision=32-true",

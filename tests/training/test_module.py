@@ -78,6 +78,65 @@ def test_freeze_host_trains_grafts_and_head_alone():
     assert classifier.network.local.act.grafts.sagan.training
 
 
+class States(L.Callback):
+    """The network's numbers at the start and after each epoch, and the rates."""
+
+    def __init__(self):
+        self.states, self.rates = [], []
+
+    def on_train_start(self, trainer, pl_module):
+        self.states.append(copy.deepcopy(pl_module.network.state_dict()))
+        self.rates = {group["name"]: group["initial_lr"] for group in trainer.optimizers[0].param_groups}
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.states.append(copy.deepcopy(pl_module.network.state_dict()))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_host_is_unfrozen_at_its_epoch(processes, monkeypatch):
+    """With two processes, of which this is one, gradients are made throughout, and dropped."""
+    monkeypatch.setattr(L.Trainer, "world_size", processes)
+    kit = OptimizerConfig(lr=0.01, host_lr_scale=0.1, head_lr_scale=2.0)
+    classifier = module(freeze_host=True, unfreeze_epoch=2, optimizer=kit)
+    states = States()
+    trainer(callbacks=[states], max_epochs=3).fit(classifier, data())
+    assert (states.rates["host"], states.rates["head"]) == pytest.approx((1e-3, 2e-2))
+    kept = [
+        {key for key, value in after.items() if torch.equal(value, before[key])}
+        for before, after in zip(states.states, states.states[1:], strict=False)
+    ]
+    host = {key for key in states.states[0] if ".grafts." not in key and not key.startswith("head.")}
+    assert host <= kept[0]
+    assert host <= kept[1]
+    assert not host & kept[2]  # batch norms' statistics, too
+    assert classifier.network.local.norm.training
+
+
+def test_a_step_after_unfreezing_is_that_of_a_fresh_optimizer():
+    """AdamW's first step moves each number by the rate, whenever it comes, but for its decay."""
+    kit = OptimizerConfig(lr=0.01, host_lr_scale=0.1, weight_decay=0.0)
+    classifier = module([], freeze_host=True, unfreeze_epoch=1, optimizer=kit, schedule=ScheduleConfig("linear"))
+    states = States()
+    trainer(callbacks=[states], max_epochs=2, limit_train_batches=1).fit(classifier, data())
+    before, after = (one["local.conv.weight"] for one in states.states[1:])
+    moved = (after - before).abs()
+    assert moved.max() == pytest.approx(0.5 * 1e-3, rel=1e-3)  # the schedule is half way down
+    assert moved.median() == pytest.approx(0.5 * 1e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"unfreeze_epoch": 1}, "goes with freeze_host: true"),
+        ({"unfreeze_epoch": 0, "freeze_host": True}, r"unfreeze_epoch \(0\) must be at least 1"),
+        ({"unfreeze_epoch": 1, "freeze_host": True}, r"unfreeze_epoch \(1\) must lie below trainer.max_epochs \(1\)"),
+    ],
+)
+def test_epochs_at_which_nothing_is_unfrozen(options, message):
+    with pytest.raises(ConfigError, match=message):
+        trainer().fit(module(**options), data())
+
+
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
 def test_ema_and_cutmix_train():
     ema = L.pytorch.callbacks.EMAWeightAveraging(decay=0.5)

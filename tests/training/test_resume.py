@@ -25,6 +25,7 @@ RUN = [
     *["fit", *SMALL, f"--model.grafts={json.dumps(GRAFTS)}", f"--trainer.callbacks={json.dumps(AVERAGING)}"],
     *["--model.schedule.name=onecycle", "--data.n_train=160", "--resume=auto"],
     *['--model.host.options={"width": 16}', "--data.n_val=16", "--data.n_test=16"],
+    *["--model.freeze_host=true", "--model.unfreeze_epoch=1"],
 ]
 BATCHES = 5  # an epoch
 

@@ -87,7 +87,7 @@ def test_explore(small_run: Path, photos: Path, tmp_path: Path, capsys: pytest.C
         ({"--at": "head"}, "no attention weights"),
         ({"--checkpoint": "nowhere"}, "there is no run folder nowhere"),
         ({"--checkpoint": "pyproject.toml"}, "pyproject.toml lies in no run folder"),
-        ({"--images": "no.png"}, "cannot read the image no.png"),
+        ({"--images": "no.png"}, "there is no image, folder or pattern's match 'no.png'"),
         ({"--images": "pyproject.toml"}, "cannot read the image pyproject.toml"),
         ({"--images": "dataset:many"}, "'dataset:many' must say how many images: dataset:8"),
         ({"--images": "configs"}, "there are no images in configs"),

@@ -1,6 +1,7 @@
 """The data module all data sets share: split, cache or stream, order, augmentation on the training device."""
 
 import hashlib
+import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -158,7 +159,7 @@ class ImageData(L.LightningDataModule, ABC):
         self._resolve_augment()
         parts = self._training_parts() if "train" in missing else {}
         if "test" in missing:
-            pictures = self._given_pictures("test")
+            pictures = self.given_pictures("test")
             parts["test"] = PicturePart(pictures, range(len(pictures.labels)))
         for split, part in parts.items():
             if max(part.labels, default=-1) >= self.num_classes:
@@ -181,14 +182,15 @@ class ImageData(L.LightningDataModule, ABC):
         self.augment = self.default_augment(size) if self._asked_augment is None else self._asked_augment
         self.augment.check_size(size)
 
-    def _given_pictures(self, split: Split) -> Pictures:
+    def given_pictures(self, split: Split) -> Pictures:
+        """The pictures of a split that cannot be missing. Raises `DataError` where there are none."""
         pictures = self.pictures(split)
         if pictures is None or not len(pictures.labels):
             raise DataError(f"{self.name} has no {split} images")
         return pictures
 
     def _training_parts(self) -> dict[Split, PicturePart]:
-        pictures, val_pictures = self._given_pictures("train"), self.pictures("val")
+        pictures, val_pictures = self.given_pictures("train"), self.pictures("val")
         val_fraction = self.val_fraction if val_pictures is None else 0.0
         train, val = split_indices(len(pictures.labels), val_fraction, self.seed, self.limit_train)
         if val_pictures is None:
@@ -290,6 +292,17 @@ class ImageData(L.LightningDataModule, ABC):
             source = self._sources[split]
             digest.update(f"/{split}/{len(source)}/".encode())
             digest.update(source.digest())
+        return digest.hexdigest()
+
+    def test_digest(self) -> str:
+        """sha256 (hex) of class names, labels and content of the test pictures, whatever is made of them.
+
+        Content is what is known without decoding: pixels held in memory, or relative names and sizes of files.
+        """
+        pictures = self.given_pictures("test")
+        labels = [int(label) for label in pictures.labels]
+        digest = hashlib.sha256(json.dumps([self.read_classes(), labels]).encode())
+        digest.update(pictures.content_digest(range(len(labels))))
         return digest.hexdigest()
 
     def describe(self) -> dict[str, Any]:

@@ -2,9 +2,13 @@
 
 import hashlib
 import os
+import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 from PIL import ExifTags, Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -12,7 +16,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from sagan_attn.errors import DataError
 from sagan_attn.training.data.augment import AugmentConfig
 from sagan_attn.training.data.base import ImageData, Split
-from sagan_attn.training.data.preprocess import image_file, open_image
+from sagan_attn.training.data.preprocess import image_file, open_image, to_rgb
 from sagan_attn.training.data.splits import seeded_order
 
 __all__ = ["FolderData"]
@@ -29,7 +33,13 @@ class FolderPictures:
     labels: list[int]
 
     def open(self, index: int) -> Image.Image:
-        return open_image(self.root / self.files[index])
+        try:
+            return open_image(self.root / self.files[index])
+        except DataError as error:
+            raise DataError(f"{error}, or leave out such files with data.unreadable: skip") from error
+
+    def name(self, index: int) -> str:
+        return self.files[index]
 
     def size(self, index: int) -> tuple[int, int]:
         """(width, height) as shown, from the file's header alone."""
@@ -58,7 +68,9 @@ class FolderData(ImageData):
     so that no seed trains on what another is tested on; the validation part is split off the rest.
 
     Files may lie deeper within a class; hidden files and files that are no images (torchvision's
-    IMG_EXTENSIONS) are passed over. Without `image_size` all training images must be squares of one size.
+    IMG_EXTENSIONS) are passed over. A file that cannot be read is refused when it is met; with `unreadable`
+    "skip" all files are decoded once beforehand, and those that fail are left out with a warning that names
+    them. Without `image_size` all training images must be squares of one size.
     mean and std default to ImageNet's. Crop and flip by default. See `ImageData` for the other options.
     """
 
@@ -78,6 +90,7 @@ class FolderData(ImageData):
         num_workers: int = 0,
         limit_train: int | None = None,
         drop_last: bool = True,
+        unreadable: Literal["refuse", "skip"] = "refuse",
     ) -> None:
         super().__init__(
             name=f"folder:{Path(root).name}",
@@ -96,8 +109,12 @@ class FolderData(ImageData):
         )
         if not 0 < test_fraction < 1:
             raise DataError(f"test_fraction ({test_fraction}) must lie in (0, 1)")
+        if unreadable not in ("refuse", "skip"):
+            raise DataError(f"unreadable ({unreadable!r}) must be refuse or skip")
         self.root = root
         self.test_fraction = test_fraction
+        self.unreadable = unreadable
+        self.left_out: list[str] = []
         self._listed: dict[str, FolderPictures] = {}
 
     def pictures(self, split: Split) -> FolderPictures | None:
@@ -154,8 +171,38 @@ class FolderData(ImageData):
                     f"{folder} is missing: {self.root} holds {_folders(Path(self.root))}; add the folder, or use "
                     "the layout class/file and let test_fraction choose"
                 )
-            self._listed[split] = _list_images(folder, _class_names(folder))
+            pictures = _list_images(folder, _class_names(folder))
+            self._listed[split] = self._readable(pictures) if self.unreadable == "skip" else pictures
         return self._listed[split]
+
+    def _readable(self, pictures: FolderPictures) -> FolderPictures:
+        """Those that decode; a warning names the others. Raises `DataError` where a class would be left empty."""
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            good = list(threads.map(partial(_is_readable, pictures), range(len(pictures.files))))
+        bad = [str(pictures.root / file) for file, fine in zip(pictures.files, good, strict=True) if not fine]
+        if not bad:
+            return pictures
+        more = f", and {len(bad) - 10} more" if len(bad) > 10 else ""
+        warnings.warn(f"left out {len(bad)} files that cannot be read: {', '.join(bad[:10])}{more}", stacklevel=2)
+        self.left_out += bad
+        kept = pictures.subset([index for index, fine in enumerate(good) if fine])
+        if empty := sorted({*pictures.labels} - {*kept.labels}):
+            raise DataError(
+                f"no image in {pictures.root / _class_names(pictures.root)[empty[0]]} can be read: remove it"
+            )
+        return kept
+
+    def describe(self) -> dict[str, Any]:
+        """As every data module's, with the files that were left out."""
+        return super().describe() | {"left_out": self.left_out}
+
+
+def _is_readable(pictures: FolderPictures, index: int) -> bool:
+    try:
+        to_rgb(pictures.open(index))
+    except DataError:
+        return False
+    return True
 
 
 def _folders(root: Path) -> list[str]:

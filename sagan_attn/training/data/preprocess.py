@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as F
 from sagan_attn.errors import DataError
 from sagan_attn.training.data.checks import require_at_least
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Preprocess", "image_file", "open_image"]
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Preprocess", "image_file", "open_image", "to_rgb"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -80,12 +80,7 @@ class Preprocess:
         Raises:
             DataError: a floating-point image, which has no agreed range; damaged EXIF data, which say how it is turned.
         """
-        try:
-            turned = ImageOps.exif_transpose(image)
-        except UNREADABLE as error:
-            name = getattr(image, "filename", "")
-            raise DataError(f"cannot read the EXIF data of the image {name}: {error}; replace or remove it") from error
-        picture: Any = _to_rgb(turned)  # Any: torchvision declares tensors only
+        picture: Any = to_rgb(image)  # Any: torchvision declares tensors only
         size = self.image_size
         if picture.size != (size, size):
             mode = InterpolationMode(self.interpolation)
@@ -202,7 +197,17 @@ def image_file(path: str | Path) -> Iterator[Image.Image]:
         raise DataError(f"cannot read the image {path}: {error}; replace or remove the file") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The picture in RGB, turned as its EXIF data say.
+
+    Raises:
+        DataError: a floating-point image; damaged EXIF data.
+    """
+    try:
+        image = ImageOps.exif_transpose(image)
+    except UNREADABLE as error:
+        name = getattr(image, "filename", "")
+        raise DataError(f"cannot read the EXIF data of the image {name}: {error}; replace or remove it") from error
     if image.mode == "RGB":
         return image
     if image.mode == "F":

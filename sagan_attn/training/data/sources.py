@@ -34,6 +34,10 @@ class Pictures(Protocol):
 
     def open(self, index: int) -> Image.Image: ...
 
+    def name(self, index: int) -> str:
+        """What a user knows the picture by: a relative path, or its number."""
+        ...
+
     def content_digest(self, indices: Sequence[int]) -> bytes:
         """Changes when the pictures at `indices` change, as far as can be seen without decoding them."""
         ...
@@ -48,6 +52,9 @@ class ArrayPictures:
 
     def open(self, index: int) -> Image.Image:
         return Image.fromarray(self.images[index])
+
+    def name(self, index: int) -> str:
+        return str(index)
 
     def content_digest(self, indices: Sequence[int]) -> bytes:
         return hashlib.sha256(self.images[list(indices)].tobytes()).digest()

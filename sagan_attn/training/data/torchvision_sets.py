@@ -180,18 +180,21 @@ class TorchvisionData(ImageData):
 
 
 class _DatasetPictures:
-    """A torchvision data set's items, opened one by one."""
+    """A torchvision data set's items, opened one by one. `of`: its name and split."""
 
-    def __init__(self, dataset: VisionDataset, name: str) -> None:
+    def __init__(self, dataset: VisionDataset, of: str) -> None:
         self.dataset = dataset
-        self.name = name
+        self.of = of
         self.labels = self._read_labels()
 
     def open(self, index: int) -> Image.Image:
         image = self.dataset[index][0]
         if not isinstance(image, Image.Image):
-            raise DataError(f"item {index} of {self.name} is a {type(image).__name__}, not a PIL image")
+            raise DataError(f"item {index} of {self.of} is a {type(image).__name__}, not a PIL image")
         return image
+
+    def name(self, index: int) -> str:
+        return str(index)
 
     def content_digest(self, indices: Sequence[int]) -> bytes:
         return repr(list(indices)).encode()  # the class knows no more without decoding
@@ -208,7 +211,7 @@ class _DatasetPictures:
             values = values.tolist()
         for index, value in enumerate(values):
             if not isinstance(value, numbers.Integral) or value < 0:
-                raise DataError(f"label {index} of {self.name} is {value!r}, not a class number")
+                raise DataError(f"label {index} of {self.of} is {value!r}, not a class number")
         return [int(value) for value in values]
 
 

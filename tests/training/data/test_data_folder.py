@@ -136,3 +136,38 @@ def test_the_streamed_fingerprint_sees_names_and_sizes(split_folder, save_image)
     assert ready(split_folder, cache_bytes=0).fingerprint() == before
     save_image(split_folder / "train/dog/011.png", 1, (12, 13))
     assert ready(split_folder, cache_bytes=0, image_size=12).fingerprint() != before
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 20])
+def test_unreadable_files_are_refused_or_left_out(split_folder, cache_bytes):
+    broken = split_folder / "train/cat/003.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[: len(whole) // 2])
+    options = {"cache_bytes": cache_bytes, "drop_last": False}
+    with pytest.raises(DataError, match=r"cannot read the image .*003.png.*data.unreadable: skip"):
+        for _ in ready(split_folder, **options).train_dataloader():
+            pass
+    with pytest.warns(UserWarning, match=r"left out 1 files that cannot be read: \S*train/cat/003.png$"):
+        data = ready(split_folder, unreadable="skip", **options)
+    assert data.describe()["sizes"] == {"train": 35, "val": 4, "test": 10}
+    assert data.describe()["left_out"] == [str(broken)]
+    assert sum(len(labels) for _, labels in data.train_dataloader()) == 35
+    broken.unlink()
+    without = ready(split_folder, unreadable="skip", **options)
+    assert without.fingerprint() == data.fingerprint()
+    assert without.describe()["left_out"] == []
+
+
+def test_a_class_of_unreadable_files_alone_is_refused(split_folder):
+    for file in (split_folder / "train/cat").iterdir():
+        file.write_bytes(b"")
+    with (
+        pytest.warns(UserWarning, match="left out 20 files .*, and 10 more"),
+        pytest.raises(DataError, match=r"no image in .*train/cat can be read"),
+    ):
+        ready(split_folder, unreadable="skip")
+
+
+def test_unreadable_is_one_of_two_words(split_folder):
+    with pytest.raises(DataError, match=r"unreadable \('drop'\) must be refuse or skip"):
+        FolderData(str(split_folder), unreadable="drop")  # type: ignore[arg-type]
