@@ -33,7 +33,7 @@ from sagan_attn.training.checkpoints import (
 from sagan_attn.training.data import ImageData
 from sagan_attn.training.finite import FiniteGuard
 from sagan_attn.training.hosts import host_preprocess
-from sagan_attn.training.logger import EpochCSV, full_disk_of
+from sagan_attn.training.logger import EpochCSV, full_disk_of, place_loggers
 from sagan_attn.training.memory import OutOfMemoryNote, is_out_of_memory, out_of_memory_words
 from sagan_attn.training.module import ClassifierModule
 from sagan_attn.training.parser import ConfigParser
@@ -62,6 +62,7 @@ class SaganCLI(LightningCLI):
 
     folder: RunFolder
     complete = False  # the run that was to go on
+    config_text: str  # of the run folder
 
     def __init__(self, args: Sequence[str] | None = None) -> None:
         super().__init__(
@@ -133,6 +134,11 @@ class SaganCLI(LightningCLI):
                 check_averaging(self._saved_config(), content)
         if command in ("test", "predict") and options.trainer.devices not in (1, "1"):
             options.trainer.devices, options.trainer.strategy = 1, "auto"  # several would see some images twice
+        self.config_text = yaml.safe_dump(self._saved_config(), sort_keys=False)
+        if command == "fit":
+            place_loggers(options.trainer.logger, paths)
+        else:
+            options.trainer.logger = False  # the results are files of the run folder
 
     def _given(self, paths: RunPaths) -> Path | None:
         """The checkpoint that was asked for, or the one that is taken for anything but a fit."""
@@ -172,7 +178,7 @@ class SaganCLI(LightningCLI):
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, SaganAttnError):
                 cause = cause.__cause__ or cause.__context__
-            raise cause or error from None
+            raise cause or _refusal(error) from None
 
     def _run_dir(self) -> Path:
         """The run folder: as given, or that of the checkpoint, or for a fit a new one."""
@@ -211,8 +217,7 @@ class SaganCLI(LightningCLI):
             self.datamodule.use_preprocess(preprocess)
         fitting = self.config["subcommand"] == "fit"
         paths = RunPaths(self.options.run_dir)
-        config_text = yaml.safe_dump(self._saved_config(), sort_keys=False)
-        self.folder = RunFolder(paths, config_text, resumed=bool(self.options.get("ckpt_path")))
+        self.folder = RunFolder(paths, self.config_text, resumed=bool(self.options.get("ckpt_path")))
         trainer = self.config_init[self.config["subcommand"]].trainer
         callbacks = [*_listed(trainer.callbacks), self.folder, ReportTest(paths), OutOfMemoryNote()]
         if not any(isinstance(callback, FiniteGuard) for callback in callbacks):
@@ -228,9 +233,10 @@ class SaganCLI(LightningCLI):
             kwargs["profiler"] = NoProfiler()
         if trainer.enable_model_summary is None:
             kwargs["enable_model_summary"] = False  # it does not know attention's FLOPs; ours says host and grafts
-        if trainer.logger in (None, True):
-            loggers = [EpochCSV(paths.metrics), TensorBoardLogger(paths.folder, name="tensorboard", version="")]
-            kwargs["logger"] = loggers if fitting else False
+        if trainer.logger is not False:
+            given = _listed(trainer.logger) if trainer.logger is not True else []
+            board = TensorBoardLogger(paths.folder, name="tensorboard", version="")
+            kwargs["logger"] = [EpochCSV(paths.metrics), *(given or [board])]
         try:
             return super().instantiate_trainer(callbacks=callbacks, **kwargs)
         except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
@@ -274,6 +280,12 @@ def best_precision(accelerator: str) -> str:
 def _listed(value: Any) -> list[Any]:
     """A config's callbacks or plugins: none, one or a list of them."""
     return list(value) if isinstance(value, list) else [] if value is None else [value]
+
+
+def _refusal(error: ValueError) -> ValueError:
+    """What a class of the config said when it was built, in jsonargparse's account of the types it tried."""
+    reason = str(error).partition("\nErrors:\n  - ")[2].partition("\n  - ")[0]
+    return ConfigError(f"trainer: {' '.join(reason.split())}") if reason else error
 
 
 def _message(error: Exception) -> str:

@@ -148,6 +148,7 @@ def test_what_travels_may_name_a_logger(monkeypatch: pytest.MonkeyPatch):
     check_config(config, "a config")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's own of SQLAlchemy, when its database is read
 @pytest.mark.parametrize("name", ["WandbLogger", "MLFlowLogger"])
 def test_in_one_line_and_offline(name: str, tmp_path: Path):
@@ -188,6 +189,7 @@ def test_in_one_line_and_offline(name: str, tmp_path: Path):
     assert names_in(tmp_path) == {"run"}
 
 
+@pytest.mark.slow
 def test_a_fit_that_fails_at_once_leaves_nothing_of_wandb(tmp_path: Path):
     pytest.importorskip("wandb")
     arguments = ["--trainer.logger", "WandbLogger", "--trainer.logger.offline", "true", "--model.optimizer.lr=1e30"]
