@@ -223,8 +223,10 @@ def read_logits(folder: Path, key: str, split: Literal["val", "test"]) -> tuple[
     if said.get("sha256", found := _digest(tensors)) != found:
         raise ConfigError(f"{path} is damaged: its sha256 is {found}, {said['sha256']} is required")
     logits, labels = (tensors.get(f"{split}/{name}") for name in ("logits", "labels"))
-    if logits is None or labels is None:
+    if logits is None and labels is None:
         return None
+    if logits is None or labels is None:
+        raise ConfigError(f"{path} is damaged: it has {split} logits or labels alone")
     if logits.dtype != np.float16 or labels.dtype != np.int64 or logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ConfigError(f"{path} is damaged: it has logits {logits.dtype} {logits.shape} of {labels.shape} images")
     return logits, labels

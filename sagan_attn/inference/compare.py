@@ -103,7 +103,7 @@ def costs_of(runs: Sequence[Run], timed: bool) -> list[RunCost]:
     if timed:
         with torch.inference_mode():
             calls = {str(n): _call(run.model, image) for n, (run, image) in enumerate(zip(runs, images, strict=True))}
-            seconds = interleaved(calls, Budget(seconds=2.0 * len(runs)), torch.device("cpu"))
+            seconds = interleaved(calls, Budget(seconds=0.5 * len(runs)), torch.device("cpu"))
     found = []
     for number, (run, image) in enumerate(zip(runs, images, strict=True)):
         readings = [1000 * one for one in seconds.get(str(number), [])]

@@ -33,7 +33,7 @@ from sagan_attn.training.checkpoints import (
 from sagan_attn.training.data import ImageData
 from sagan_attn.training.finite import FiniteGuard
 from sagan_attn.training.hosts import host_preprocess
-from sagan_attn.training.logger import EpochCSV, full_disk_of, place_loggers
+from sagan_attn.training.logger import EpochCSV, EpochRow, full_disk_of, place_loggers
 from sagan_attn.training.memory import OutOfMemoryNote, is_out_of_memory, out_of_memory_words
 from sagan_attn.training.module import ClassifierModule
 from sagan_attn.training.parser import ConfigParser
@@ -223,7 +223,7 @@ class SaganCLI(LightningCLI):
         if not any(isinstance(callback, FiniteGuard) for callback in callbacks):
             callbacks.append(FiniteGuard())
         if trainer.enable_checkpointing is not False and not trainer.fast_dev_run:
-            callbacks += [RandomState(), *checkpoint_callbacks(paths)]
+            callbacks += [RandomState(), EpochRow(), *checkpoint_callbacks(paths)]
             if fitting:
                 callbacks.append(KeepGoing(paths, self.options.checkpoint_minutes))
             kwargs["plugins"] = [*_listed(trainer.plugins), WholeFileIO()]

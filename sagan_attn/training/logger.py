@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pandas as pd
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -15,7 +17,7 @@ from sagan_attn.errors import CheckpointError
 from sagan_attn.files import read_text
 from sagan_attn.training.run import RunPaths, write_text
 
-__all__ = ["EpochCSV", "full_disk_of", "place_loggers"]
+__all__ = ["EpochCSV", "EpochRow", "full_disk_of", "place_loggers"]
 
 MAX_BYTES = 100_000_000
 
@@ -80,6 +82,17 @@ class EpochCSV(Logger):
     def finalize(self, status: str) -> None:
         if self.path.parent.is_dir():  # else the fit failed at once, and its folder has been removed
             self.save()
+
+
+class EpochRow(Checkpoint):  # which Lightning calls after all that logs; this one goes before those that save
+    """Writes an epoch's row before the epoch's checkpoint, from which a run that is killed right then goes on."""
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}  # by all processes together
+        for logger in trainer.loggers:
+            if isinstance(logger, EpochCSV):
+                logger.log_metrics(metrics | {"epoch": trainer.current_epoch}, trainer.global_step - 1)
+                logger.save()
 
 
 @contextmanager

@@ -131,6 +131,7 @@ def test_exports_with_a_mask(case: Case):
         torch.testing.assert_close(module(x, **options), block(x, **options))
 
 
+@pytest.mark.slow  # runs are exported by default
 @pytest.mark.filterwarnings("ignore")  # torch.onnx and onnxscript warn about themselves
 @pytest.mark.parametrize("case", some("sagan"))
 def test_onnx(case: Case, tmp_path):

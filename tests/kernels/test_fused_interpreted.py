@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 FILE = Path(__file__).with_name("interpreted.py")
-PARTS = ("not tiles and not order and not random and not blocks",)
-SLOW = ("tiles or order", "random or blocks", "slow")
+PARTS = ("empty or lies or far or differences",)
+SLOW = ("not tiles and not order and not random and not blocks", "tiles or order", "random or blocks", "slow")
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")

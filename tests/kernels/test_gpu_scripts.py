@@ -81,7 +81,7 @@ def test_every_kernel_case_is_measured_once(scripts):
     assert not any(backward for _, backward in kernel_cuda.LATER)
 
 
-@pytest.mark.parametrize("seconds", [0.0, 60.0])
+@pytest.mark.parametrize("seconds", [0.0, pytest.param(60.0, marks=pytest.mark.slow)])
 def test_the_table_of_the_kernel(scripts, seconds: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Of tiny shapes on a CPU; what no time is left for is counted."""
     kernel_cuda, cpu = scripts[1], torch.device("cpu")

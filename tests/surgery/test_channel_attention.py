@@ -191,10 +191,10 @@ def test_exactly_once_on_every_road(block: str):
 
 AUTO = torch.export.Dim.AUTO
 DYNAMIC = ({0: AUTO, 2: AUTO, 3: AUTO},)
-FEW = [pytest.param(block, marks=[] if block == "squeeze-excite" else [pytest.mark.slow]) for block in TIMM]
 
 
-@pytest.mark.parametrize("block", FEW)
+@pytest.mark.slow
+@pytest.mark.parametrize("block", TIMM)
 def test_compiles_and_exports(block: str):
     model, images = TINY.build(), TINY.images()
     original = model(images)

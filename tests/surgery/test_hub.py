@@ -291,6 +291,7 @@ print("huggingface_hub" in sys.modules, HubGrafts is sagan_attn.HubGrafts)
     assert ran(code).splitlines() == ["False", "True True"]
 
 
+@pytest.mark.slow
 def test_it_says_what_to_install():
     code = """
 import sys

@@ -44,7 +44,8 @@ def test_compiles_and_notices_disabled(name: str):
     assert_same(compiled(images), original)
 
 
-@pytest.mark.parametrize("name", mostly_slow(("tiny", *FOUR), "tiny"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny", *FOUR])
 def test_a_compiled_graph_has_each_block_once(name: str):
     graphs = []
 
@@ -78,7 +79,8 @@ def test_a_graft_after_compilation_is_refused(name: str, way: str):
     assert_unchanged(model, before)
 
 
-@pytest.mark.parametrize("options", [{}, pytest.param({"spectral_norm": True, "pool": 2}, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"spectral_norm": True, "pool": 2}])
 def test_trains_when_compiled(options: dict[str, Any]):
     host = grafted("tiny", count=False, **options)
     model, images = host.model.train(), host.images
@@ -119,6 +121,7 @@ def test_exports_with_dynamic_batch_and_size(name: str, options: dict[str, Any])
         torch.testing.assert_close(exported(x), host.model(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow  # runs are exported by default
 @pytest.mark.parametrize("name", EXPORTED)
 @pytest.mark.filterwarnings("ignore")  # torch.onnx and onnxscript warn about themselves
 def test_onnx(name: str, tmp_path: Path):

@@ -163,6 +163,7 @@ def test_last_is_the_last_epoch_and_best_the_best(tmp_path, monkeypatch):
     assert torch.load(paths.checkpoint("last"), weights_only=True)["epoch"] == 3
 
 
+@pytest.mark.slow
 def test_a_run_that_was_not_validated_is_tested_with_its_last_checkpoint(tmp_path, capsys):
     folder = str(tmp_path / "run")
     assert main(["fit", *SMALL, "--trainer.limit_val_batches=0", "--run_dir", folder]) == 0

@@ -37,7 +37,7 @@ def test_it_compares_host_control_and_attention(tmp_path, monkeypatch, capsys):
     assert extra == {"host": 0, "context-max": 20_625, "sagan": 20_641}
     for variant, row in rows.items():
         saved = json.loads((made / variant / "test_metrics.json").read_text())
-        assert saved["test/accuracy"] == row["accuracy"]
+        assert saved["test/accuracy"] == pytest.approx(row["accuracy"])
         assert saved["images"] == 40
         assert (made / variant / "checkpoints" / "best.ckpt").is_file()
     with Image.open(made / "attention.png") as picture:

@@ -18,7 +18,7 @@ from sagan_attn.training import load_run
 from sagan_attn.training.cli import main as train
 
 CLASSES = [f"breed {number:02d}" for number in range(37)]
-EACH = 8  # of a class
+EACH = 6  # of a class
 
 
 def photograph(label: int, random: np.random.Generator) -> Image.Image:
@@ -69,7 +69,7 @@ def test_a_folder_of_photographs(photographs: Path, weights: Path, tmp_path: Pat
     run = tmp_path / "run"
     options = ["--config", str(CONFIGS / "finetune_folder.yaml"), f"--data.root={photographs}", "--data.num_workers=0"]
     host = ["--model.host.name=timm/test_resnet", "--model.host.pretrained=false", f"--model.host.weights={weights}"]
-    short = ["--data.image_size=64", "--data.batch_size=16", "--trainer.max_epochs=3", "--trainer.accelerator=cpu"]
+    short = ["--data.image_size=64", "--data.batch_size=16", "--trainer.max_epochs=2", "--trainer.accelerator=cpu"]
     quiet = [
         "--model.unfreeze_epoch=1",
         "--model.optimizer.lr=0.01",
@@ -83,7 +83,7 @@ def test_a_folder_of_photographs(photographs: Path, weights: Path, tmp_path: Pat
         "breed 03/4.jpg",
         "breed 07/5.jpg",
     ]
-    assert sum(described["sizes"].values()) == 294 - 59  # two of 296 are broken, a fifth of the rest is for the test
+    assert sum(described["sizes"].values()) == 220 - 44  # two of 222 are broken, a fifth of the rest is for the test
     model = timm.create_model("test_resnet")
     expected = model.pretrained_cfg
     transform = json.loads((run / "transform.json").read_text())
@@ -91,12 +91,12 @@ def test_a_folder_of_photographs(photographs: Path, weights: Path, tmp_path: Pat
     assert transform["interpolation"] == expected["interpolation"]
     assert transform["crop_pct"] == expected["crop_pct"]
     assert train(["test", "--config", str(run / "config.yaml"), "--trainer.enable_progress_bar=false"]) == 0
-    assert json.loads((run / "test_metrics.json").read_text())["images"] == 59
+    assert json.loads((run / "test_metrics.json").read_text())["images"] == 44
     losses = pd.read_csv(run / "metrics.csv")["train/loss"]
-    assert losses.iloc[-1] < losses.iloc[0] - 0.2
+    assert losses.iloc[-1] < losses.iloc[0] - 0.1
     capsys.readouterr()
     assert main(["predict", str(run), "--images", str(photographs / CLASSES[7]), "--out", str(tmp_path / "p.csv")]) == 1
-    assert "7 of 8 images" in capsys.readouterr().out
+    assert "5 of 6 images" in capsys.readouterr().out
     table = pd.read_csv(tmp_path / "p.csv", keep_default_na=False)
     assert [Path(file).name for file, error in zip(table["image"], table["error"], strict=True) if error] == ["5.jpg"]
     loaded = load_run(run)

@@ -72,6 +72,7 @@ def test_small_images_keep_their_size_in_the_stem(name):
     assert not any(isinstance(m, nn.MaxPool2d) for m in model.modules())
 
 
+@pytest.mark.slow
 def test_small_images_leave_a_stride_1_host_its_pooling():
     before = torchvision.models.vgg11(num_classes=10)
     after = build_host(HostConfig("torchvision/vgg11", small_images=True), num_classes=10)

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from small_runs import SMALL
 from torch import Tensor
 
@@ -147,6 +148,22 @@ def test_killed_after_a_checkpoint_in_mid_epoch(never_stopped: Path, tmp_path: P
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert content(folder)["global_step"] == 2 + 4 + 1
+    assert main([*RUN, f"--run_dir={folder}"]) == 0
+    assert_same_run(folder, never_stopped)
+
+
+def test_killed_between_an_epochs_checkpoint_and_its_metrics(
+    never_stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = tmp_path / "run"
+    for _ in range(2):
+        child = os.fork()
+        if child == 0:
+            monkeypatch.setattr(_LoggerConnector, "update_train_epoch_metrics", lambda _: os._exit(9))
+            main([*RUN, f"--run_dir={folder}"])
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert content(folder)["global_step"] == 2 * BATCHES
     assert main([*RUN, f"--run_dir={folder}"]) == 0
     assert_same_run(folder, never_stopped)
 
