@@ -273,8 +273,9 @@ def weighted_mean(x: Tensor, scores: Tensor) -> Tensor:
 def difference(y: Tensor, x: Tensor) -> Tensor:
     """`y - x` for two maps of one shape; broadcasting is refused with `BlockError`."""
     check_floats("input", x)
-    if not isinstance(y, Tensor):
-        raise BlockError(f"a gated block must give a map as its input, not a {type(y).__name__}")
+    if not isinstance(y, Tensor) or not y.is_floating_point() or y.layout != torch.strided:
+        found = f"a {y.layout} tensor of {y.dtype}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+        raise BlockError(f"a gated block must give a floating-point map as its input, not {found}")
     if y.shape != x.shape:
         raise BlockError(f"a gated block must keep the shape of its input: got {tuple(y.shape)} for {tuple(x.shape)}")
     return y - x

@@ -97,6 +97,7 @@ def spectrally_normalized(weight: Tensor, u: Tensor, v: Tensor, update: bool, ep
         if vector.dtype != weight.dtype:
             raise BlockError(f"{name} of {vector.dtype} must be of {weight.dtype}, as the weight")
     check_devices(weight, u=u, v=v)
+    check_flag("update", update)
     check_number("eps", eps)
     with no_autocast(weight):
         matrix = weight.flatten(1)

@@ -56,11 +56,11 @@ def causal_lens(x: Tensor, valid_lens: Tensor | None, causal: bool) -> Tensor | 
     Raises `BlockError` for lengths of another shape or kind.
     """
     check_flag("causal", causal)
-    if not causal:
-        return valid_lens
     check_shape("input", x, ("B", "N", "features"))
     check_devices(x, valid_lens=valid_lens)
     check_lens(x.shape[0], x.shape[1], valid_lens)
+    if not causal:
+        return valid_lens
     lens = torch.arange(1, x.shape[1] + 1, device=x.device).expand(x.shape[0], -1)
     if valid_lens is None:
         return lens
