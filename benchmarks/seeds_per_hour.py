@@ -21,9 +21,9 @@ import yaml
 from sagan_attn.bench.machine import save
 
 HERE = Path(__file__).parent
-SEEDS = 6
+SEEDS = 8
 OPTIONS = {
-    "data.init_args.n_train": 5000,
+    "data.init_args.n_train": 2500,
     "data.init_args.n_val": 500,
     "data.init_args.n_test": 500,
     "data.init_args.batch_size": 64,
@@ -32,11 +32,11 @@ OPTIONS = {
 SPEC = {
     "base": str(HERE.parent / "configs" / "lookup.yaml"),
     "set": OPTIONS,
-    "axes": {"block": ["sagan"]},
-    "controls": ["none"],
+    "axes": {"block": ["sagan", "nonlocal"]},
     "confirm": {"seeds": SEEDS, "epochs": [1]},
 }
-FITS = ["[]", '[{"at": "local", "block": "sagan"}]'] * 2  # as many of each as of the ablation's variants
+VARIANTS = [[], [{"at": "local", "block": "sagan"}], [{"at": "local", "block": "nonlocal"}]]
+FITS = [json.dumps(grafts) for grafts in VARIANTS] * 2
 
 
 def seconds(command: list[str]) -> float:
@@ -61,7 +61,7 @@ def main() -> None:
             ablate += ["--devices", options.devices] if options.devices else []
             for way in ("ablate", "fit") if number % 2 else ("fit", "ablate"):
                 if way == "ablate":
-                    rates[way].append(3600 * 2 * SEEDS / seconds(ablate))
+                    rates[way].append(3600 * len(VARIANTS) * SEEDS / seconds(ablate))
                     continue
                 taken = 0.0
                 for fit, grafts in enumerate(FITS):
