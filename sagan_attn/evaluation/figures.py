@@ -28,7 +28,7 @@ def confusion_figure(scores: Scores, classes: Sequence[str]) -> "Figure":
     shares = np.divide(scores.confusion, totals, out=np.zeros(scores.confusion.shape), where=totals > 0)
     side = min(14.0, 3.2 + 0.42 * count if count <= WITH_COUNTS else 4.0 + 0.2 * count)
     with style():
-        figure = Figure(figsize=(side + 1.0, side), layout="constrained")
+        figure = Figure(figsize=(side + 1.0, side), layout="compressed")
         axes = figure.subplots()
         drawn = axes.imshow(shares, cmap=MAP, vmin=0, vmax=1)
         figure.colorbar(drawn, ax=axes, label="share of the true class", fraction=0.05)
