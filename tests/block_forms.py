@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -132,6 +133,24 @@ VARIANTS = [
 ]
 CASES = [*NAMES, *VARIANTS]
 ATTENDING = [case for case in CASES if case.attends]
+FEW_VARIANTS = (
+    "sagan pooled",
+    "sagan relative",
+    "sagan chunked",
+    "nonlocal dot product",
+    "nonlocal concatenation",
+    "multihead relative scaled",
+    "multihead dropout",
+    "additive 2 heads",
+    "encoder norm last",
+    "decoder sinusoidal",
+)
+
+
+def swept(cases: list[Case]) -> list[Any]:
+    """For `parametrize`: every form, and the variants of their options but a few in the slow run."""
+    seldom = {case.id for case in VARIANTS} - {*FEW_VARIANTS}
+    return [pytest.param(case, id=case.id, marks=[pytest.mark.slow] if case.id in seldom else []) for case in cases]
 
 
 def cases(*ids: str) -> list[Case]:

@@ -244,9 +244,10 @@ def test_what_every_run_sets_is_set_once():
     assert [len(logging.getLogger(name).filters) for name in names] == before
 
 
-# memory: of the whole process, in which what other tests have freed may be taken again
+# memory is that of the whole process, in which what other tests have freed may be taken again
 @pytest.mark.parametrize(
-    "what", [pytest.param(what, marks=pytest.mark.slow if what == "memory" else ()) for what in Held._fields]
+    "what",
+    [pytest.param(what, marks=() if what in ("tensors", "hooks") else pytest.mark.slow) for what in Held._fields],
 )
 def test_a_leak_is_found(what: str, tmp_path: Path):
     kept: list[Any] = []

@@ -236,7 +236,7 @@ def pack_logits(tensors: dict[str, np.ndarray]) -> bytes:
     """The file that `read_logits` reads, of "<split>/logits" and "<split>/labels"."""
     from safetensors.numpy import save
 
-    return save(tensors, {"sha256": _digest(tensors)})  # a second key would give the file another order of bytes at will
+    return save(tensors, {"sha256": _digest(tensors)})  # of several keys safetensors does not keep the order
 
 
 def _digest(tensors: Mapping[str, np.ndarray]) -> str:

@@ -110,7 +110,13 @@ REFUSED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("message", REFUSED)
+SELDOM = ("num_workers", "n_train", "heads")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [pytest.param(m, marks=pytest.mark.slow if any(word in m for word in SELDOM) else ()) for m in REFUSED],
+)
 def test_refused_before_anything_runs(tmp_path: Path, message: str):
     with pytest.raises(SaganAttnError, match=message):
         new_plan(read_spec(write_spec(tmp_path, **REFUSED[message])), {})
@@ -171,6 +177,7 @@ def test_a_cell_is_a_fit(planned: tuple[Store, dict[str, Any]], computed: dict[s
     assert (tmp_path / "run" / "metrics.csv").read_text() == store.file(result["key"], "metrics.csv").read_text()
 
 
+@pytest.mark.slow
 def test_hosts_and_data_are_told_apart(tmp_path: Path):
     hosts = [{"name": "lookup-cnn", "options": {"width": width}} for width in (32, 64)]
     plan = new_plan(read_spec(write_spec(tmp_path, axes={"host": hosts}, controls=["conv"])), {})
@@ -225,6 +232,7 @@ def test_done_busy_and_changed_data(
     assert "the fit images have changed since the plan was made" in failure["message"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing(planned: tuple[Store, dict[str, Any]], monkeypatch: pytest.MonkeyPatch):
     store, plan = planned
     key = cell_of(plan, "none", seed=1002)["key"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from block_forms import ATTENDING, SHAPES, Case, cores
+from block_forms import ATTENDING, SHAPES, Case, cores, swept
 from chunk_sizes import chunk_scores
 from gated_forms import CONTRACT
 from torch import fx, nn
@@ -24,7 +24,7 @@ def some(*ids: str, of: list[Case] = CONTRACT) -> list[Any]:
     return [pytest.param(c, id=c.id, marks=[] if c.id in ids else [pytest.mark.slow]) for c in of]
 
 
-@pytest.mark.parametrize("case", CONTRACT, ids=str)
+@pytest.mark.parametrize("case", swept(CONTRACT))
 def test_symbolic_trace(case: Case):
     block = case.opened()
     traced = fx.symbolic_trace(block)
@@ -56,7 +56,7 @@ def check_compiled(block: nn.Module, dynamic: bool, **options: torch.Tensor) -> 
             torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("case", some("sagan", "context-max"))
+@pytest.mark.parametrize("case", some("sagan"))
 def test_compiles_without_graph_breaks(case: Case):
     check_compiled(case.opened(**without_dropout(case)).train(), dynamic=True)
 
@@ -81,7 +81,7 @@ def test_chunks_compile(case: Case, dynamic: bool, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CONTRACT, ids=str)
+@pytest.mark.parametrize("case", swept(CONTRACT))
 def test_compiles_under_autocast(case: Case):
     torch.compiler.reset()
     block, x = case.opened(), torch.randn(2, 8, 4, 5)

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from block_forms import ATTENDING, Case, cores, seed
+from block_forms import ATTENDING, Case, cores, seed, swept
 from torch import Tensor, fx
 
 from sagan_attn import functional
 from sagan_attn.blocks.norms import BranchNorm
 from sagan_attn.errors import BlockError
 
-pytestmark = pytest.mark.parametrize("case", ATTENDING, ids=str)
+pytestmark = pytest.mark.parametrize("case", swept(ATTENDING))
 
 
 def some_mask() -> Tensor:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from block_forms import ATTENDING, Case, cases, cores, seed
+from block_forms import ATTENDING, Case, cases, cores, seed, swept
 from chunk_sizes import chunk_scores
 from torch import Tensor, nn
 
@@ -91,7 +91,7 @@ def test_chunked_is_materialised(case: Case, training: bool, chunks: list[int], 
         torch.testing.assert_close(chunked(x), materialised(x))
 
 
-@pytest.mark.parametrize("case", ATTENDING, ids=str)
+@pytest.mark.parametrize("case", swept(ATTENDING))
 def test_chunked_is_materialised_under_autocast_and_in_half_precision(case: Case, chunks: list[int], monkeypatch):
     small_chunks(case.opened(), monkeypatch)
     off = {"dropout": 0.0} if "dropout" in case.options else {}

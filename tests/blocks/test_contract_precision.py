@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from block_forms import ATTENDING, Case, cores, learning
+from block_forms import ATTENDING, Case, cores, learning, swept
 from gated_forms import CONTRACT
 
 from sagan_attn.blocks.pointwise import SpectralPointwise
@@ -13,7 +13,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=s
 
 
 @DTYPES
-@pytest.mark.parametrize("case", CONTRACT, ids=str)
+@pytest.mark.parametrize("case", swept(CONTRACT))
 def test_half_precision_is_near_float64(case: Case, dtype: torch.dtype):
     x = torch.randn(2, 8, 5, 6)
     expected = case.opened().double()(x.double())
@@ -28,7 +28,7 @@ def test_half_precision_is_near_float64(case: Case, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize("case", CONTRACT, ids=str)
+@pytest.mark.parametrize("case", swept(CONTRACT))
 def test_training_under_autocast_gives_finite_gradients_of_the_parameters_dtype(case: Case, dtype: torch.dtype):
     block = case.opened().train()
     x = torch.randn(2, 8, 3, 4, requires_grad=True)
@@ -39,7 +39,7 @@ def test_training_under_autocast_gives_finite_gradients_of_the_parameters_dtype(
         assert tensor.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("case", ATTENDING, ids=str)
+@pytest.mark.parametrize("case", swept(ATTENDING))
 def test_scores_over_65504_stay_finite_in_float16(case: Case):
     block = case.opened().half()
     x = torch.randn(1, 8, 3, 3).sign().half()

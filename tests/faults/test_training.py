@@ -155,8 +155,8 @@ def test_files_opened_for_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def listen(event: str, arguments: Any) -> None:
         if event == "open" and listening and isinstance(arguments[0], (str, bytes)):
             _, mode, flags = arguments
-            made_or_cut = flags & (os.O_CREAT | os.O_TRUNC | os.O_APPEND)  # an old one is opened to see whether it may be
-            if made_or_cut or (isinstance(mode, str) and set(mode) & set("wax+")):
+            # an old file is opened, and left, to see whether it may be written
+            if flags & (os.O_CREAT | os.O_TRUNC | os.O_APPEND) or (isinstance(mode, str) and set(mode) & set("wax+")):
                 opened.append(os.fsdecode(arguments[0]))
 
     sys.addaudithook(listen)  # which nothing removes

@@ -84,7 +84,7 @@ def test_pruned_equals_masked(form: str):
     assert len(attention.key.weight) == attention.key.out_channels == attention.query.out_channels
 
 
-@pytest.mark.parametrize("host", ["tiny", "timm-resnet18"])
+@pytest.mark.parametrize("host", ["tiny", pytest.param("timm-resnet18", marks=pytest.mark.slow)])
 def test_parameters_and_flops_drop_and_the_rest_still_works(host: str):
     site, images = HOSTS[host].sites[1], HOSTS[host].images()
     model = grafted({site: {"block": "multihead", "bias": True}}, host)

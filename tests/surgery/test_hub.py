@@ -281,16 +281,6 @@ def ran(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_it_is_imported_when_asked_for():
-    code = """
-import sys, sagan_attn
-print("huggingface_hub" in sys.modules)
-from sagan_attn import HubGrafts
-print("huggingface_hub" in sys.modules, HubGrafts is sagan_attn.HubGrafts)
-"""
-    assert ran(code).splitlines() == ["False", "True True"]
-
-
 @pytest.mark.slow
 def test_it_says_what_to_install():
     code = """

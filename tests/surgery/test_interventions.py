@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from block_forms import ATTENDING, Case, contributing, cores
+from block_forms import ATTENDING, Case, contributing, cores, swept
 from hosts import HOSTS, assert_unchanged, open_gates, snapshot
 from torch import Tensor, nn
 
@@ -44,7 +44,7 @@ def with_weights(core: MapAttention, x: Tensor, weights: Tensor) -> Tensor:
     return rows if core.output is None else core.output(rows)
 
 
-@pytest.mark.parametrize("case", ATTENDING, ids=str)
+@pytest.mark.parametrize("case", swept(ATTENDING))
 def test_uniform_weights(case: Case):
     model, block = grafted(case)
     x = maps()
@@ -75,7 +75,7 @@ def test_uniform_weights(case: Case):
             )
 
 
-@pytest.mark.parametrize("case", ATTENDING, ids=str)
+@pytest.mark.parametrize("case", swept(ATTENDING))
 def test_keys_of_the_next_image(case: Case):
     model, block = grafted(case)
     x = maps()
@@ -121,7 +121,7 @@ def test_formulas_of_whole_models():
         torch.testing.assert_close(model(x).flatten(2), expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("case", ATTENDING, ids=str)
+@pytest.mark.parametrize("case", swept(ATTENDING))
 def test_masked_keys_stay_masked(case: Case):
     x, mask = maps(), torch.rand(3, 5, 4, generator=torch.Generator().manual_seed(3)) < 0.5
     mask[1] = False
@@ -143,7 +143,7 @@ def test_masked_keys_stay_masked(case: Case):
                 torch.testing.assert_close(weights, of_next, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("case", ATTENDING, ids=str)
+@pytest.mark.parametrize("case", swept(ATTENDING))
 def test_one_key_alone_leaves_nothing_to_choose(case: Case):
     model, _ = grafted(case)
     x = torch.randn(3, 8, 1, 1, dtype=torch.float64)
@@ -176,7 +176,7 @@ def test_a_context_of_another_size(intervention):
     torch.testing.assert_close(weights, expected)
 
 
-@pytest.mark.parametrize("intervention", INTERVENTIONS)
+@pytest.mark.parametrize("intervention", [uniform_attention, pytest.param(foreign_keys, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", [FEW[0], *(pytest.param(case, marks=pytest.mark.slow) for case in FEW[1:])], ids=str)
 def test_compiled_models_follow(case: Case, intervention):
     model, _ = grafted(case)

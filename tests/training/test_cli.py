@@ -176,6 +176,7 @@ def test_a_run_that_was_not_validated_is_tested_with_its_last_checkpoint(tmp_pat
     assert load_run(folder, checkpoint="last").classes
 
 
+@pytest.mark.slow
 def test_fast_dev_run_and_limited_tests_write_nothing(small_run, tmp_path, capsys):
     assert main(["fit", *SMALL, "--trainer.fast_dev_run=true", "--run_dir", str(tmp_path / "run")]) == 0
     assert not list((tmp_path / "run").rglob("*.*"))
@@ -188,6 +189,7 @@ def test_fast_dev_run_and_limited_tests_write_nothing(small_run, tmp_path, capsy
     assert set(before) <= set(small_run.iterdir())
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run(small_run, tmp_path):
     assert main(["fit", *SMALL, "--run_dir", str(tmp_path / "again")]) == 0
     first = pd.read_csv(small_run / "metrics.csv")

@@ -106,7 +106,7 @@ def test_other_seeds_differ():
 
 
 @pytest.mark.filterwarnings("ignore:no gamma has moved")  # as is meant
-@pytest.mark.parametrize("clip", [None, 0.05], ids=["", "clipped"])
+@pytest.mark.parametrize("clip", [pytest.param(None, id="", marks=pytest.mark.slow), pytest.param(0.05, id="clipped")])
 @pytest.mark.parametrize(("host", "names"), SHUT)
 def test_with_a_gamma_fixed_at_0_the_host_trains_as_alone(host: str, names: tuple[str, ...], clip: float | None):
     alone = run(Watched, host, None, gradient_clip_val=clip)

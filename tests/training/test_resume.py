@@ -152,6 +152,7 @@ def test_killed_after_a_checkpoint_in_mid_epoch(never_stopped: Path, tmp_path: P
     assert_same_run(folder, never_stopped)
 
 
+@pytest.mark.slow
 def test_killed_between_an_epochs_checkpoint_and_its_metrics(
     never_stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

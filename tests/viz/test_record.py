@@ -1,8 +1,6 @@
 """Recording changes nothing and records what the output is made of."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -130,12 +128,6 @@ def test_a_context_has_its_own_keys():
     record = recording.only()
     assert (record.query_size, record.key_size) == ((4, 6), (3, 5))
     assert torch.equal(record.weights, block.attention_weights(x, context=context))
-
-
-def test_importing_it_loads_no_matplotlib():
-    code = "import sys; from sagan_attn import record_attention; print('matplotlib' in sys.modules)"
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert answer.stdout == "False\n"
 
 
 def test_several_calls_nesting_and_exceptions():

@@ -348,10 +348,10 @@ class StopAt(L.Callback):
     [
         ("on_train_batch_end", 8, False),  # two batches into the second of three epochs of six
         ("on_train_batch_end", 8, True),
-        ("on_train_batch_end", 12, False),
-        ("on_validation_end", 9, False),
+        pytest.param("on_train_batch_end", 12, False, marks=pytest.mark.slow),
+        pytest.param("on_validation_end", 9, False, marks=pytest.mark.slow),
         ("on_validation_end", 12, False),
-        ("on_train_epoch_end", 12, False),
+        pytest.param("on_train_epoch_end", 12, False, marks=pytest.mark.slow),
     ],
 )
 def test_a_resumed_run_goes_on_where_it_stopped(tmp_path, hook, seen, streamed):
