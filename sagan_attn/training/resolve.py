@@ -46,10 +46,6 @@ class _Resolver(SaganCLI):
             self._made.update({name: value for name, value in vars(self).items() if "parser" in name or name in KEPT})
         vars(self).update(self._made)
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        return {"fit": SaganCLI.subcommands()["fit"]}  # making the parsers of the others takes most of the time
-
     def init_parser(self, **kwargs: Any) -> Any:
         return super().init_parser(**kwargs, exit_on_error=False)
 

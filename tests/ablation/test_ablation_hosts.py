@@ -62,7 +62,7 @@ def test_the_table_of_timm(name):
         (HostConfig("lookup-cnn", options={"width": 32}), 2_000, 0.02),
         (HostConfig("resnet9"), 300_000, 0.02),
         (HostConfig("resnet20"), 80_000, 0.06),
-        (HostConfig("timm/resnet18", small_images=True), 82_000, 0.003),
+        pytest.param(HostConfig("timm/resnet18", small_images=True), 82_000, 0.003, marks=pytest.mark.slow),
         pytest.param(HostConfig("timm/resnet34"), 1_000_000, 0.002, marks=pytest.mark.slow),
         pytest.param(HostConfig("timm/resnet50"), 5_000_000, 0.002, marks=pytest.mark.slow),
     ],

@@ -61,7 +61,7 @@ def test_compiles_without_graph_breaks(case: Case):
     check_compiled(case.opened(**without_dropout(case)).train(), dynamic=True)
 
 
-@pytest.mark.parametrize("case", some("nonlocal"))
+@pytest.mark.parametrize("case", some())
 def test_compiles_for_fixed_sizes(case: Case):
     check_compiled(case.opened(**without_dropout(case)).train(), dynamic=False)
 
@@ -74,7 +74,7 @@ def test_compiles_with_masks(case: Case, dynamic: bool):
 
 
 @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("case", some("sagan chunked", of=[case for case in ATTENDING if "chunked" in case.id]))
+@pytest.mark.parametrize("case", some(of=[case for case in ATTENDING if "chunked" in case.id]))
 def test_chunks_compile(case: Case, dynamic: bool, monkeypatch):
     chunk_scores(monkeypatch, 200)
     check_compiled(case.opened().train(), dynamic=dynamic)

@@ -126,6 +126,7 @@ def test_forced_factoring_is_refused_where_it_would_be_another_function(case: Ca
         case.opened(path="factored")(torch.randn(1, 8, 3, 3))
 
 
+@pytest.mark.slow
 def test_chunks_in_training_drop_weights_as_often(chunks: list[int], monkeypatch):
     """The backward pass drops what the forward pass dropped, and as many in chunks as in one piece."""
     chunk_scores(monkeypatch, 4 * 400 * 30)

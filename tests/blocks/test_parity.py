@@ -40,7 +40,7 @@ def test_every_form_has_a_reference():
     assert set(FORMS) == set(block_names()) == {name for name, _ in CASES}
 
 
-@pytest.mark.parametrize("size", [(6, 8), (5, 7), (1, 1)], ids=str)
+@pytest.mark.parametrize("size", [(6, 8), (1, 1), pytest.param((5, 7), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize(("name", "options"), CASES, ids=str)
 def test_numbers_and_gradients(name: str, options: dict[str, Any], size: tuple[int, int]):
     block, x = opened(name, options), random_map(*size)

@@ -66,6 +66,7 @@ def test_timm_non_local(channels: int, size: tuple[int, int], training: bool):
     torch.testing.assert_close(single, theirs.float()(x.detach().float()), rtol=1e-5, atol=3e-5)
 
 
+@pytest.mark.slow
 def test_timm_non_local_widths():
     for channels in [*range(1, 68), *range(68, 261, 3), 260, 512, 1000, 2048]:
         ours = create_block("nonlocal-timm", channels, device="meta")

@@ -69,6 +69,7 @@ def test_known_numbers():
     assert math.isnan(branch_share(model, [(images, 0)])[one.path])  # not hidden
 
 
+@pytest.mark.slow
 def test_compiled_models_are_measured_as_they_were_before():
     model, images = opened("top"), batches(2)
     expected = branch_share(model, images)

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from sagan_attn import graft
 from sagan_attn.errors import GraftError
 
-SPREAD = {  # grouped, shuffled, NHWC, strided outputs, list of images, dict of outputs, generator, tokens
+SPREAD = {  # grouped, shuffled, NHWC, strided outputs, dict of outputs, generator, tokens
     "own/generator",
-    "torchvision/fasterrcnn_mobilenet_v3_large_320_fpn",
     "torchvision/lraspp_mobilenet_v3_large",
     "torchvision/shufflenet_v2_x0_5",
     "torchvision/squeezenet1_1",

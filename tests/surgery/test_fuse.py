@@ -208,7 +208,7 @@ def test_refusals():
 AT = {"layer2": "nonlocal", "layer3": {"block": "sagan", "gate": None}, "layer4": "biggan"}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_a_pretrained_host(dtype: torch.dtype):
     host = HOSTS["timm-resnet18"]
     model = host.build()

@@ -297,6 +297,7 @@ def test_foreign_checkpoints_are_refused(content, tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.slow
 def test_a_checkpoint_cannot_name_classes_or_options(small_run, tmp_path):
     checkpoint = torch.load(small_run / "checkpoints/best.ckpt", weights_only=True)
     assert "hyper_parameters" not in checkpoint

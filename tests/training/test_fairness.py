@@ -26,7 +26,6 @@ CASES = [
 ]
 SHUT = [
     ("lookup-cnn", tuple(GATED)),
-    ("resnet20", ("sagan", "biggan")),
     pytest.param("resnet20", tuple(GATED), marks=pytest.mark.slow),
 ]
 AUGMENT = AugmentConfig(crop_padding=2, flip=True, cutout=4, mixup=0.2)

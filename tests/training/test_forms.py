@@ -10,7 +10,7 @@ from sagan_attn.blocks import block_names
 from sagan_attn.training import load_run
 from sagan_attn.training.cli import main
 
-QUICK = ["encoder", "nonlocal"]
+QUICK = ["nonlocal"]
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_no_logger(tmp_path: Path):
     assert not names_in(tmp_path / "run") & {"metrics.csv", "tensorboard"}
 
 
-@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+@pytest.mark.parametrize("name", ["wandb", pytest.param("mlflow", marks=pytest.mark.slow)])
 def test_a_logger_that_is_not_installed(name: str, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(f"{LOGGERS}.{name}._{name.upper()}_AVAILABLE", RequirementCache(f"{name}>=999"))
     logger = {"wandb": "WandbLogger", "mlflow": "MLFlowLogger"}[name]

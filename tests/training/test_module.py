@@ -155,7 +155,7 @@ def test_a_gamma_that_does_not_move_is_warned_about():
     trainer().fit(module(optimizer=OptimizerConfig(lr=1e-2)), data())  # warnings are errors
 
 
-@pytest.mark.parametrize("name", ["cosine", "onecycle"])
+@pytest.mark.parametrize("name", ["cosine", pytest.param("onecycle", marks=pytest.mark.slow)])
 def test_rates_and_gammas_are_logged(name):
     classifier = module(schedule=ScheduleConfig(name))
     fit = trainer(max_epochs=2)

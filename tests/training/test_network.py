@@ -53,6 +53,7 @@ def test_heads_that_cannot_go_are_named(block, heads, options, message):
         network(GraftConfig("layer2", block, options=options, pruned_heads=heads))
 
 
+@pytest.mark.slow
 def test_a_run_with_pruned_heads_comes_back(tmp_path):
     run_dir = tmp_path / "run"
     small = ["--data.n_train=64", "--data.n_val=32", "--trainer.max_epochs=1", "--model.schedule.warmup_epochs=0"]

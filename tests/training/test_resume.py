@@ -39,6 +39,7 @@ def _interrupts() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 def test_ignored_signals_stay_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     at_batch(2, send(signal.SIGINT), monkeypatch)

@@ -110,14 +110,10 @@ def test_a_step_logs_nothing(tmp_path, monkeypatch):
     assert set(hooks) == {"validation_step", "on_train_epoch_end"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("hook", "batches"),
-    [
-        ("on_train_batch_end", 8),
-        pytest.param("on_train_batch_end", 10, marks=pytest.mark.slow),
-        pytest.param("on_validation_end", 10, marks=pytest.mark.slow),
-        pytest.param("on_train_epoch_end", 10, marks=pytest.mark.slow),
-    ],
+    [("on_train_batch_end", 8), ("on_train_batch_end", 10), ("on_validation_end", 10), ("on_train_epoch_end", 10)],
 )
 def test_a_resumed_epoch_has_the_mean_over_all_its_images(tmp_path, hook, batches):
     class StopAt(L.Callback):

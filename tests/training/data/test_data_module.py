@@ -346,7 +346,9 @@ class StopAt(L.Callback):
 @pytest.mark.parametrize(
     ("hook", "seen", "streamed"),
     [
-        ("on_train_batch_end", 8, False),  # two batches into the second of three epochs of six
+        pytest.param(
+            "on_train_batch_end", 8, False, marks=pytest.mark.slow
+        ),  # two batches into the second of three epochs of six
         ("on_train_batch_end", 8, True),
         pytest.param("on_train_batch_end", 12, False, marks=pytest.mark.slow),
         pytest.param("on_validation_end", 9, False, marks=pytest.mark.slow),
