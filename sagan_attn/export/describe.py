@@ -29,7 +29,7 @@ def description_of(run: Run, to: str, checkpoint: str | None, sizes: dict[str, s
         "classes": run.classes,
         "preprocess": run.transform.to_dict() | {"recipe": recipe(run.transform)},
         "source": {
-            "run": str(run.folder),
+            "run": run.folder.resolve().name,
             "checkpoint": checkpoint,
             "host": model["host"]["name"],
             "grafts": [{"at": graft["at"], "block": graft.get("block", "sagan")} for graft in model["grafts"] or []],

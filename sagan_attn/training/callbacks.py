@@ -1,7 +1,6 @@
 """What training writes into its run folder."""
 
 import platform
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ __all__ = ["RunFolder"]
 class RunFolder(L.Callback):
     """Writes config, environment, classes and transform when a fit starts, and predictions.
 
-    A fit that fails in its first epoch leaves nothing: the folder it made is removed.
+    A fit that fails in its first epoch leaves nothing of itself.
 
     Args:
         paths: the run folder.
@@ -56,7 +55,7 @@ class RunFolder(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         unfinished = trainer.state.fn == "fit" and trainer.current_epoch == 0 and not self.resumed
         if unfinished and trainer.is_global_zero and not any(self.paths.checkpoints.glob("*.ckpt")):
-            shutil.rmtree(self.paths.folder, ignore_errors=True)  # empty or not there before: see SaganCLI
+            self.paths.remove()
 
     def write_predictions(self, batches: Sequence[torch.Tensor], classes: Sequence[str], images: Sequence[str]) -> None:
         """predictions.csv: for each image of the test split, in its order, the class and each class's probability."""

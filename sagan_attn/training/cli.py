@@ -168,7 +168,7 @@ class SaganCLI(LightningCLI):
         """The checkpoint that the run in a folder goes on from; None where there is nothing to go on from yet."""
         if self.config["subcommand"] != "fit" or self.options.get("ckpt_path"):
             raise ConfigError("--resume auto finds the checkpoint of a fit by itself: leave one of the two out")
-        if foreign := paths.foreign():
+        if not paths.config.is_file() and (foreign := paths.foreign()):  # beside a run there may be what was made of it
             raise ConfigError(
                 f"run_dir {paths.folder} holds files that are not of a run ({', '.join(foreign[:3])}): choose another"
             )

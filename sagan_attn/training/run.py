@@ -19,6 +19,8 @@ none are of format 1.
 """
 
 import json
+import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,9 +80,23 @@ class RunPaths:
 
     def foreign(self) -> list[str]:
         """Names of what is in the folder and not of a run."""
-        own = {path.name for path in vars(self).values()} - {self.folder.name}
+        own = {path.name for path in self._own()}
         found = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
         return sorted(name for name in found if name not in own and not name.endswith(PART))
+
+    def remove(self) -> None:
+        """Remove the run; its folder too unless something else is in it. What cannot be removed stays."""
+        for path in [*self._own(), *self.folder.glob(f".*{PART}")]:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with suppress(OSError):
+                    path.unlink()
+        with suppress(OSError):
+            self.folder.rmdir()
+
+    def _own(self) -> list[Path]:
+        return [path for name, path in vars(self).items() if name != "folder"]
 
     def checkpoint(self, which: str) -> Path:
         """Path of the checkpoint "best" or "last"."""

@@ -48,7 +48,7 @@ def test_what_is_said(small_run: Path, tmp_path: Path, monkeypatch, capsys):
     about, run = json.loads((tmp_path / "small.safetensors.json").read_text()), load_run(small_run)
     assert about["classes"] == run.classes
     assert about["source"] == {
-        "run": str(small_run),
+        "run": small_run.name,
         "checkpoint": "best",
         "host": "lookup-cnn",
         "grafts": [{"at": "local", "block": "sagan"}],

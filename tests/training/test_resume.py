@@ -195,13 +195,29 @@ def test_damaged_checkpoints_are_passed_over(
     assert_same_run(paths.folder, never_stopped)  # from best.ckpt, of the first epoch
 
 
-@pytest.mark.slow
-def test_killed_before_its_first_checkpoint(never_stopped: Path, tmp_path: Path):
-    paths = RunPaths(tmp_path / "run")
+def begun(never_stopped: Path, folder: Path) -> RunPaths:
+    """A run that was killed before its first checkpoint, in a folder with a note of its user."""
+    paths = RunPaths(folder)
     (paths.tensorboard / "events").mkdir(parents=True)
     paths.config.write_bytes((RunPaths(never_stopped).config).read_bytes())
+    (folder / "note.txt").write_text("mine")
+    return paths
+
+
+@pytest.mark.slow
+def test_killed_before_its_first_checkpoint(never_stopped: Path, tmp_path: Path):
+    paths = begun(never_stopped, tmp_path / "run")
     assert main([*RUN, f"--run_dir={paths.folder}"]) == 0
     assert_same_run(paths.folder, never_stopped)
+    assert (paths.folder / "note.txt").read_text() == "mine"
+
+
+def test_a_failure_at_its_start_removes_the_run_alone(never_stopped: Path, tmp_path: Path, monkeypatch):
+    paths = begun(never_stopped, tmp_path / "test")  # named like one of a run's own folders
+    monkeypatch.setattr(ClassifierModule, "training_step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main([*RUN, f"--run_dir={paths.folder}"])
+    assert [path.name for path in paths.folder.iterdir()] == ["note.txt"]
 
 
 def test_a_complete_run_stays_as_it_is(never_stopped: Path, capsys: pytest.CaptureFixture[str]):
