@@ -7,6 +7,8 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import datetime
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +38,7 @@ from sagan_attn.training.hosts import host_preprocess
 from sagan_attn.training.logger import EpochCSV, EpochRow, full_disk_of, place_loggers
 from sagan_attn.training.memory import OutOfMemoryNote, is_out_of_memory, out_of_memory_words
 from sagan_attn.training.module import ClassifierModule
-from sagan_attn.training.parser import ConfigParser
+from sagan_attn.training.parser import ConfigParser, null_is_a_value
 from sagan_attn.training.profiler import NoProfiler
 from sagan_attn.training.progress import SecondBar
 from sagan_attn.training.quiet import quieten
@@ -100,9 +102,14 @@ class SaganCLI(LightningCLI):
         """The one that is called: making the parsers of the others takes most of a call's first second."""
         return self._called or LightningCLI.subcommands()
 
+    def setup_parser(self, *arguments: Any, **options: Any) -> None:
+        with null_is_a_value():
+            super().setup_parser(*arguments, **options)
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """As Lightning's, without its warning about calls from Python, which here are ablations and demonstrations."""
-        self.config = parser.parse_args(args)
+        with null_is_a_value():
+            self.config = parser.parse_args(args)
         if self.options.trainer is None:
             raise ConfigError("trainer (None) must be a mapping of its arguments, which may be empty: {}")
 
@@ -214,7 +221,13 @@ class SaganCLI(LightningCLI):
         saved = self.options.clone()
         for argument in {key.partition(".")[0] for key in saved.keys()} - {*KEPT}:  # noqa: SIM118  (no dict)
             saved.pop(argument)
-        return yaml.safe_load(self._parser(self.config["subcommand"]).dump(saved, skip_validation=True))
+        parser = self._parser(self.config["subcommand"])
+        config, defaults = yaml.safe_load(parser.dump(saved, skip_validation=True)), parser.get_defaults()
+        for key in saved.keys():  # noqa: SIM118  (no dict)
+            if saved[key] is None and defaults.get(key) is not None:  # which `dump` leaves out
+                section, _, name = key.rpartition(".")
+                reduce(getitem, section.split("."), config)[name] = None
+        return config
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         self.datamodule: ImageData

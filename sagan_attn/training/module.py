@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -235,7 +236,7 @@ class ClassifierModule(L.LightningModule):
             return
         self._host_rests = self.current_epoch < self.unfreeze_epoch
         for parameter in self._resting:
-            parameter.requires_grad_(not self._host_rests or self.trainer.world_size > 1)
+            parameter.requires_grad_(not self._host_rests or isinstance(self.trainer.strategy, ParallelStrategy))
         self.train()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
