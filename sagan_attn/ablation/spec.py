@@ -95,7 +95,9 @@ def read_spec(path: Path) -> Spec:
     _known(str(path), content, KEYS)
     if "base" not in content:
         raise ConfigError(f"{path}: base is missing: the training config to be changed")
-    base_path = path.parent / str(content["base"])
+    if not isinstance(content["base"], str):
+        raise ConfigError(f"{path}: base ({content['base']!r:.100}) must be the path of a training config")
+    base_path = path.parent / content["base"]
     check_file(base_path)
     base = _yaml(base_path)[1]
     epochs = _check_base(base_path, base)
@@ -230,7 +232,7 @@ def _yaml(path: Path) -> tuple[str, dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
         content = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold a mapping of keys, not {type(content).__name__}")

@@ -62,7 +62,7 @@ class _Maker:
     def variant(self, name: str, settings: Settings) -> Variant:
         config = apply_settings(self.where(name), self.base, settings)
         grafts = config.get("model", {}).get("grafts") or []
-        only_controls = bool(grafts) and all(graft.get("block") in BLOCK_CONTROLS for graft in grafts)
+        only_controls = bool(grafts) and all(str(graft.get("block")) in BLOCK_CONTROLS for graft in grafts)
         kind: Kind = "baseline" if name == self.spec.baseline else "control" if only_controls else "variant"
         return Variant(name, kind, self.baseline_of(settings), settings, config)
 

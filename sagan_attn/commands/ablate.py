@@ -152,7 +152,10 @@ def _settings(given: list[str]) -> dict[str, Any]:
         key, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--set {text}: KEY=VALUE is required")
-        settings[key] = yaml.safe_load(value)
+        try:
+            settings[key] = yaml.safe_load(value)
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
+            raise ConfigError(f"--set {text:.100}: its value is no YAML: {one_line(error)}") from error
     check_settings("--set", settings)
     return settings
 

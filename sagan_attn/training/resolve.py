@@ -81,7 +81,7 @@ def resolve_config(config: Mapping[str, Any], where: str) -> Resolved:
         raise ConfigError(f"{where}: a training config must be a mapping of keys, not {type(config).__name__}")
     try:
         return _Resolver(["fit", "--config", yaml.safe_dump(dict(config))]).resolved()
-    except (argparse.ArgumentError, TypeError, SystemExit, yaml.YAMLError) as error:
+    except (argparse.ArgumentError, TypeError, RecursionError, SystemExit, yaml.YAMLError) as error:
         raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
     except SaganAttnError as error:
         raise type(error)(f"{where}: {error}") from error

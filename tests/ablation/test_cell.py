@@ -104,6 +104,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "a: .*does not accept option 'model.widht'": {"variants": {"a": {"model.widht": 3}}},
     "a: .*heads": {"variants": {"a": {"heads": 3}}},
     "a: unknown block 'sagann'; did you mean sagan": {"variants": {"a": {"block": "sagann"}}},
+    r"a: .*\[\]": {"variants": {"a": {"block": []}}},
     "needs validation images": {"set": {**SMALL, "data.init_args.n_val": 0}},
     r"n_train \(-1\)": {"set": {**SMALL, "data.init_args.n_train": -1}},
     "names 'x'; there are 'none'": {"confirm": {"seeds": 6, "choose": ["x"]}},
@@ -311,7 +312,11 @@ def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert "confirm: 4 variants x 6 seeds x epochs 1, 2 = 48 cells; smallest effect seen with 80 % power" in out
     assert "132,395" in out
     assert not (tmp_path / "runs").exists()
-    for arguments, message in ((["--set", "lr"], "KEY=VALUE"), (["--set", "x=1"], "unknown key 'x'")):
+    for arguments, message in (
+        (["--set", "lr"], "KEY=VALUE"),
+        (["--set", "x=1"], "unknown key 'x'"),
+        (["--set", "lr=[1"], "no YAML"),
+    ):
         assert main(["ablate", str(write_spec(tmp_path)), *arguments]) == 2
         assert message in capsys.readouterr().err
     assert main(["ablate", str(write_spec(tmp_path)), "--devices", "99"]) == 2

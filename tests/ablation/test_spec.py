@@ -50,6 +50,7 @@ REFUSED = {
     "unknown key 'axis'; did you mean 'axes'": {"axis": {}},
     "base is missing": {"base": ...},
     "cannot be read as YAML": {"base": "nothing.yaml"},
+    r"base \({'lr': 1}\) must be the path of a training config": {"base": {"lr": 1}},
     "unknown control 'convv'; did you mean 'conv'": {"controls": ["convv"]},
     r"unknown control \['conv'\]": {"controls": [["conv"]]},
     "axes.block has 1 value": {"axes": {"block": ["sagan"]}},
@@ -81,7 +82,9 @@ def test_refused(spec: Any, message: str):
         read_spec(spec(**REFUSED[message]))
 
 
-@pytest.mark.parametrize("text", ["", "- 1", "{", "!!python/object/apply:os.system [true]"])
+@pytest.mark.parametrize(
+    "text", ["", "- 1", "{", "!!python/object/apply:os.system [true]", "[" * 9999, "base: 2026-99-99"]
+)
 def test_no_spec(tmp_path: Path, text: str):
     path = tmp_path / "spec.yaml"
     path.write_text(text)

@@ -77,7 +77,8 @@ def mutated(draw: st.DrawFn, state: State) -> State:
 
 def _changed(draw: st.DrawFn, kind: str, value: Tensor) -> Tensor:
     if kind == "cast":
-        return value.detach().abs().to(draw(st.sampled_from(DTYPES)))  # which is real, also of what is complex
+        real = value.detach().abs() if value.is_complex() else value.detach()
+        return real.to(draw(st.sampled_from(DTYPES)))
     if kind == "nan":
         return torch.full(value.shape, float("nan"))
     return value.flatten() if draw(st.booleans()) else value[None]
