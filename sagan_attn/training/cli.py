@@ -112,6 +112,8 @@ class SaganCLI(LightningCLI):
             self.config = parser.parse_args(args)
         if self.options.trainer is None:
             raise ConfigError("trainer (None) must be a mapping of its arguments, which may be empty: {}")
+        if self.options.data is None:
+            raise ConfigError("data is required: --data LookupData, or data in a config, with class_path and init_args")
 
     def _parse_ckpt_path(self) -> None:
         """Leave the checkpoint alone: see the class."""

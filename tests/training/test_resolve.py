@@ -42,6 +42,21 @@ def test_null_is_refused_where_a_value_is_required(place: str):
         resolve_config(config(**{place: None}), "a config")
 
 
+@pytest.mark.parametrize("value", [None, ...])
+@pytest.mark.parametrize("section", ["trainer", "model", "data"])
+def test_sections_of_a_config(section: str, value: Any):
+    """A trainer has defaults for everything; a host and data have none."""
+    content = config()
+    del content[section]
+    if value is None:
+        content[section] = None
+    if section == "trainer" and value is ...:
+        assert resolve_config(content, "a config").config["trainer"]["accumulate_grad_batches"] == 1
+        return
+    with pytest.raises(ConfigError, match=rf"a config: .*{section}.*"):
+        resolve_config(content, "a config")
+
+
 def test_null_is_kept_where_it_is_not_the_default():
     """Lightning: validate after so many batches, not epochs."""
     given = config(trainer__check_val_every_n_epoch=None, trainer__val_check_interval=10)
