@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,9 +111,15 @@ def test_grafts():
     ]
 
 
+CLASSES = [f"class {number}" for number in range(37)]
+
+
 def test_a_run(small_run: Path):
     run = load_run(small_run)
     run.model.forward = never
+    assert "37: class 0, class 1, class 2, class 3, class 4, ...\n" in repr(replace(run, classes=CLASSES)).replace(
+        " " * 4, ""
+    )
     lines = repr(run).splitlines()
     assert [cells(line) for line in lines[:6]] == [
         ["run", str(small_run)],

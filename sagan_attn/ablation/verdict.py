@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from sagan_attn.ablation.comparisons import Row
 from sagan_attn.ablation.statistics import Interval, smallest_p
 
-__all__ = ["COVERS", "agreement", "best_of", "epochs", "interval_words", "p_words", "verdict"]
+__all__ = ["COVERS", "agreement", "best_of", "epochs", "interval_words", "p_words", "points_words", "verdict"]
 
 COVERS = {
     "difference": "95 % t interval by seed: covers new seeds of the same training, judged on the same images",
@@ -24,8 +24,14 @@ def p_words(p: float | None) -> str:
 
 def interval_words(of: Interval, signed: bool = True) -> str:
     """In points: "+0.84 [+0.52, +1.16]"."""
-    form = "+.2f" if signed else ".2f"
-    return f"{100 * of.mean:{form}} [{100 * of.low:{form}}, {100 * of.high:{form}}]"
+    mean, low, high = (points_words(value, signed) for value in (of.mean, of.low, of.high))
+    return f"{mean} [{low}, {high}]"
+
+
+def points_words(share: float, signed: bool = True) -> str:
+    """A share in points: "+0.84"; "0.00", without a sign, for what rounds to nothing."""
+    words = f"{100 * share:{'+' if signed else ''}.2f}"
+    return "0.00" if float(words) == 0 else words
 
 
 def epochs(budget: int) -> str:

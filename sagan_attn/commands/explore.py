@@ -19,14 +19,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the page. Raises errors of the library for what is refused."""
+    """Write the page. Returns 0, or 1 when an image was passed over as broken. Raises errors of the library."""
     from sagan_attn.viz.draw import check_output, write_file
     from sagan_attn.viz.explorer import explorer_page
 
     check_output(arguments.out, (".html", ".htm"))
-    seen = look_at(arguments)
+    seen, broken = look_at(arguments)
     title = arguments.title or f"Attention of {arguments.checkpoint.resolve().name}"
     words = explorer_page(seen, title, int(arguments.max_page_bytes)).encode()
     write_file(arguments.out, words)
     print(one_line(f"{arguments.out}: {len(seen.captions)} images, {', '.join(seen.records)}; {len(words):,} bytes"))
-    return 0
+    return 1 if broken else 0

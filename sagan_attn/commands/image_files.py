@@ -1,12 +1,13 @@
 """Image files from what a user names: files, folders, patterns."""
 
 import glob
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from sagan_attn.errors import DataError
 
-__all__ = ["image_files"]
+__all__ = ["image_files", "short_names"]
 
 
 def image_files(what: Sequence[str]) -> list[Path]:
@@ -21,6 +22,18 @@ def image_files(what: Sequence[str]) -> list[Path]:
     if not files:
         raise DataError(f"there are no images in {', '.join(what)}")
     return list(dict.fromkeys(files))
+
+
+def short_names(files: Sequence[Path]) -> list[str]:
+    """The name of each file, with as many of its folders as tell it from the others."""
+    names = [file.name for file in files]
+    for parts in range(2, max((len(file.parts) for file in files), default=0) + 1):
+        counts = Counter(names)
+        names = [
+            Path(*file.parts[-parts:]).as_posix() if counts[name] > 1 else name
+            for file, name in zip(files, names, strict=True)
+        ]
+    return names
 
 
 def _files(name: str) -> list[Path]:

@@ -40,7 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the sheets, print the table of heads. Raises errors of the library for what is refused."""
+    """Write the sheets, print the table of heads. Returns 0, or 1 when an image was passed over as broken.
+
+    Raises errors of the library for what is refused.
+    """
     from sagan_attn.viz.curves import has_curves, training_curves
     from sagan_attn.viz.draw import SUFFIXES, check_output, save_figure, write_file
     from sagan_attn.viz.head_figures import as_json, csv_of
@@ -49,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     out: Path = arguments.out
     check_output(out, SUFFIXES)
-    seen = look_at(arguments)
+    seen, broken = look_at(arguments)
     written: list[Path] = []
     figures: list[HeadFigures] = []
     numbers = []
@@ -93,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
     _print(figures)
     for file in written:
         print(one_line(file))
-    return 0
+    return 1 if broken else 0
 
 
 def point(text: str) -> tuple[float, float]:

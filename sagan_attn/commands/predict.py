@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sagan_attn.commands.image_files import image_files
+from sagan_attn.commands.image_files import image_files, short_names
 from sagan_attn.commands.runs import RUN, open_run
 from sagan_attn.commands.sites import count
 from sagan_attn.errors import one_line
@@ -32,7 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images", nargs="+", required=True, metavar="WHAT", help="image files, folders or patterns of them"
     )
-    parser.add_argument("--top-k", type=count, default=5, metavar="K", help="classes an image (default: 5)")
+    parser.add_argument(
+        "--top-k",
+        type=count,
+        default=5,
+        metavar="K",
+        help="classes an image, at most the number of classes (default: 5)",
+    )
     parser.add_argument(
         "--out",
         type=Path,
@@ -47,7 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Predict and write. Returns 0, or 1 when an image could not be read. Raises errors of the library."""
+    """Predict and write. Returns 0, or 1 when an image could not be done; when none could, nothing is written.
+
+    Raises errors of the library.
+    """
     import torch
     from rich.console import Console
     from rich.progress import track
@@ -68,10 +77,18 @@ def run(arguments: argparse.Namespace) -> int:
     found: list[Prediction] = []
     answers = predict_images(trained, files, top_k=arguments.top_k, batch_size=arguments.batch_size, device=device)
     console = Console(stderr=True)
+    done = 0
     for answer in track(answers, "images", total=len(files), console=console, disable=not console.is_terminal):
         if answer.error is not None:
             print(f"error: {one_line(answer.error)}", file=sys.stderr)
-        found.append(answer if len(found) < SHOWN else replace(answer, image=None))
+        done += answer.error is None
+        # the sheet shows the first that could be done; to hold the others would only fill the memory
+        found.append(answer if answer.error is None and done <= SHOWN else replace(answer, image=None))
+    if not done:
+        many = f"none of the {len(found):,} images" if len(found) > 1 else "the image"
+        cannot = "could" if len(found) > 1 else "could not"
+        print(f"error: {many} {cannot} be done: nothing was written", file=sys.stderr)
+        return 1
     top_k = min(arguments.top_k, len(trained.classes))
     written = {out: _csv(found, top_k).encode(), out.with_suffix(".jsonl"): _json_lines(found).encode()}
     for path, data in written.items():
@@ -80,8 +97,8 @@ def run(arguments: argparse.Namespace) -> int:
     _print(found)
     for path in (*written, sheet):
         print(one_line(path))
-    broken = sum(answer.error is not None for answer in found)
-    print(f"{len(found) - broken} of {len(found)} images" + (f"; {broken} could not be done" if broken else ""))
+    broken = len(found) - done
+    print(f"{done} of {len(found)} images" + (f"; {broken} could not be done" if broken else ""))
     return 1 if broken else 0
 
 
@@ -110,14 +127,15 @@ def _json_lines(found: Sequence["Prediction"]) -> str:
 def _sheet(found: Sequence["Prediction"]) -> "Figure":
     from sagan_attn.evaluation.image_sheets import Picture, image_sheet
 
-    shown = [answer for answer in found if answer.image is not None][:SHOWN]
+    shown = [(answer.file, answer.image, answer.top) for answer in found if answer.image is not None]
+    names = short_names([file for file, _, _ in shown])
     pictures = [
-        Picture(answer.image, [answer.file.name, *(f"{name} {value:.2f}" for name, value in answer.top[:3])])
-        for answer in shown
-        if answer.image is not None
+        Picture(image, [name, *(f"{word} {value:.2f}" for word, value in top[:3])])
+        for name, (_, image, top) in zip(names, shown, strict=True)
     ]
-    rest = f", the first {len(shown)} of them" if len(shown) < len(found) else ""
-    return image_sheet(pictures, f"Predictions for {len(found):,} images{rest}")
+    done = sum(answer.error is None for answer in found)
+    rest = f", the first {len(shown)} of them" if len(shown) < done else ""
+    return image_sheet(pictures, f"Predictions for {done:,} image{'' if done == 1 else 's'}{rest}")
 
 
 def _print(found: Sequence["Prediction"]) -> None:

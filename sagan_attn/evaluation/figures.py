@@ -14,12 +14,14 @@ if TYPE_CHECKING:
 __all__ = ["confusion_figure", "reliability_figure"]
 
 WITH_COUNTS, WITH_NAMES = 20, 60  # classes
+FEW = 10  # images of a bin
 
 
 def confusion_figure(scores: Scores, classes: Sequence[str]) -> "Figure":
     """The confusion matrix: colours are shares of the true class, numbers are images.
 
-    With more than 20 classes no numbers are written, with more than 60 no names: the CSV has both.
+    With more than 20 classes no numbers are written but those of the images of a class, beside its name; with more
+    than 60 no names: the CSV has both.
     """
     from matplotlib.figure import Figure
 
@@ -37,6 +39,9 @@ def confusion_figure(scores: Scores, classes: Sequence[str]) -> "Figure":
         if count <= WITH_NAMES:
             names, size = [plain(name, 24) for name in classes], 8 if count <= WITH_COUNTS else 6
             axes.set_xticks(range(count), names, rotation=90, fontsize=size)
+            if count > WITH_COUNTS:
+                names = [f"{name} ({images:,})" for name, images in zip(names, totals[:, 0], strict=True)]
+                axes.set_ylabel("true class (its images)")
             axes.set_yticks(range(count), names, fontsize=size)
         if count <= WITH_COUNTS:
             for (row, column), images in np.ndenumerate(scores.confusion):
@@ -44,13 +49,22 @@ def confusion_figure(scores: Scores, classes: Sequence[str]) -> "Figure":
                     colour = "black" if shares[row, column] > 0.6 else "white"
                     axes.text(column, row, f"{images:,}", ha="center", va="center", color=colour, fontsize=6)
         axes.set_title(
-            f"{scores.images:,} images, accuracy {scores.accuracy:.3f}, balanced {scores.balanced_accuracy:.3f}"
+            f"{scores.images:,} images, {_range(totals)} a class\n"
+            f"accuracy {scores.accuracy:.3f}, balanced {scores.balanced_accuracy:.3f}"
         )
     return figure
 
 
+def _range(totals: np.ndarray) -> str:
+    low, high = totals.min(), totals.max()
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
 def reliability_figure(scores: Scores) -> "Figure":
-    """Accuracy against confidence, bin by bin (Niculescu-Mizil and Caruana, 2005), above how many images lie where."""
+    """Accuracy against confidence, bin by bin (Niculescu-Mizil and Caruana, 2005), above how many images lie where.
+
+    Bins of fewer than 10 images are pale and hatched: their accuracy says little.
+    """
     from matplotlib.figure import Figure
 
     filled = [one for one in scores.bins if one.images]
@@ -60,8 +74,20 @@ def reliability_figure(scores: Scores) -> "Figure":
         figure = Figure(figsize=(4.6, 5.6), layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
         above.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle="--", label="calibrated")
-        above.bar(middles, [one.accuracy for one in filled], width, color=COLOURS[5], edgecolor="white")
-        above.plot([one.confidence for one in filled], [one.accuracy for one in filled], "o", color=COLOURS[1])
+        bars = above.bar(middles, [one.accuracy for one in filled], width, color=COLOURS[5], edgecolor="white")
+        few = [bar for bar, one in zip(bars, filled, strict=True) if one.images < FEW]
+        for bar in few:
+            bar.set(facecolor="#e6f3fb", edgecolor=COLOURS[5], hatch="///")
+        if few:
+            few[0].set_label(f"fewer than {FEW} images")
+        above.plot(
+            [one.confidence for one in filled],
+            [one.accuracy for one in filled],
+            "o",
+            color=COLOURS[1],
+            clip_on=False,  # at 0 and 1
+            zorder=3,
+        )
         above.set_ylabel("accuracy")
         above.set_ylim(0, 1)
         above.set_xlim(0, 1)

@@ -12,7 +12,7 @@ from sagan_attn.viz.draw import picture, plain, style
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Picture", "image_sheet"]
+__all__ = ["Picture", "answer", "image_sheet"]
 
 COLUMNS = 6
 SIDE = 1.7  # inches
@@ -33,6 +33,13 @@ class Picture:
     colour: str | None = None
 
 
+def answer(name: str, probability: float) -> str:
+    """A class and its probability: "cat (98 %)"; "<1 %" and ">99 %" where rounding would make it none or certain."""
+    if 0 < probability < 0.005:
+        return f"{name} (<1 %)"
+    return f"{name} (>99 %)" if 0.995 <= probability < 1 else f"{name} ({100 * probability:.0f} %)"
+
+
 def image_sheet(pictures: Sequence[Picture], title: str) -> "Figure":
     """The pictures in rows of 6, in their order."""
     from matplotlib.figure import Figure
@@ -41,7 +48,9 @@ def image_sheet(pictures: Sequence[Picture], title: str) -> "Figure":
     rows = max(1, -(-len(pictures) // columns))
     lines = max((len(_wrapped(one.words)) for one in pictures), default=1)
     with style():
-        size = (SIDE * max(columns, 3) + 0.2, (SIDE + 0.13 * lines) * rows + 0.5)
+        width = SIDE * max(columns, 3) + 0.2
+        words = fill(plain(title, 200), int(12 * width))  # letters an inch
+        size = (width, (SIDE + 0.13 * lines) * rows + 0.33 + 0.17 * (words.count("\n") + 1))
         figure = Figure(figsize=size, layout="constrained")
         panels = list(figure.subplots(rows, columns, squeeze=False).ravel())
         for axes in panels[len(pictures) :]:
@@ -53,7 +62,7 @@ def image_sheet(pictures: Sequence[Picture], title: str) -> "Figure":
                 for spine in axes.spines.values():
                     spine.set_edgecolor(one.colour)
                     spine.set_linewidth(2)
-        figure.suptitle(plain(title, 200), fontsize=10)
+        figure.suptitle(words, fontsize=10)
     return figure
 
 

@@ -1,6 +1,7 @@
 """Grafting blocks into a built model, exactly and reversibly."""
 
 from sagan_attn.surgery.branch import branch_share
+from sagan_attn.surgery.freeze import freeze_host
 from sagan_attn.surgery.fuse import fuse
 from sagan_attn.surgery.graft import graft, grafts_of, is_grafted, ungraft
 from sagan_attn.surgery.grafts import Graft, Grafts
@@ -9,7 +10,7 @@ from sagan_attn.surgery.importance import head_importance
 from sagan_attn.surgery.interventions import foreign_keys, uniform_attention
 from sagan_attn.surgery.sites import Site, sites
 from sagan_attn.surgery.store import load_grafts, save_grafts
-from sagan_attn.surgery.summary import GraftSummary, freeze_host, summary
+from sagan_attn.surgery.summary import GraftSummary, summary
 
 __all__ = [
     "Graft",

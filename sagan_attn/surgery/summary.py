@@ -1,16 +1,14 @@
-"""How large a grafted model is, what of it learns, and freezing the host."""
+"""How large a grafted model is, and what of it learns."""
 
 from dataclasses import dataclass
 
 from torch import nn
 
-from sagan_attn.errors import GraftError
 from sagan_attn.surgery.graft import grafts_of
 from sagan_attn.surgery.graft_lines import GraftLine, graft_table, line_of, numbers_in
-from sagan_attn.surgery.grafts import Grafts
 from sagan_attn.surgery.text import counted
 
-__all__ = ["GraftLine", "GraftSummary", "freeze_host", "summary"]
+__all__ = ["GraftLine", "GraftSummary", "summary"]
 
 
 @dataclass(frozen=True)
@@ -52,22 +50,3 @@ def summary(model: nn.Module) -> GraftSummary:
     host = [parameter for parameter in model.parameters() if parameter not in own]
     lines = tuple(line_of(graft, graft.name not in graft.point.off) for graft in grafts)
     return GraftSummary(type(model).__name__, *numbers_in(host), *numbers_in(grafted), lines)
-
-
-def freeze_host(model: nn.Module) -> Grafts:
-    """Let the grafts learn alone: no other parameter of the model requires gradients from now on.
-
-    Grafts keep what they are set to. In train mode the statistics of the host's batch norms still move: call `eval()`
-    on these to keep them. Returns the grafts, whose `param_groups` go to the optimizer.
-
-    Raises:
-        GraftError: a model without grafts, of which nothing would be left to learn.
-    """
-    grafts = grafts_of(model)
-    if not grafts:
-        raise GraftError(f"{type(model).__name__} has no grafts: with the host frozen nothing would learn. Graft first")
-    own = {*grafts.parameters()}
-    for parameter in model.parameters():
-        if parameter not in own:
-            parameter.requires_grad_(False)
-    return grafts

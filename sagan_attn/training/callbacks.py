@@ -73,9 +73,11 @@ def _summary(module: Any) -> str:
     own = {id(p): p.numel() for p in module.grafts.parameters()}
     every = {id(p): p.numel() for p in module.network.parameters()}
     train = sum(p.numel() for p in module.network.parameters() if p.requires_grad)
+    rest = sum(p.numel() for p in module.resting)
+    trained = f"{train - rest:,} until epoch {module.unfreeze_epoch}, {train:,} from then on" if rest else f"{train:,}"
     where = ", ".join(f"{graft.name} at {graft.site}" for graft in module.grafts) or "none"
     host = sum(every.values()) - sum(own.values())
-    return f"host {module.host.name}: {host:,} parameters; grafts ({where}): {sum(own.values()):,}; training {train:,}"
+    return f"host {module.host.name}: {host:,} parameters; grafts ({where}): {sum(own.values()):,}; training {trained}"
 
 
 def describe(data: Any) -> dict[str, Any]:

@@ -67,7 +67,8 @@ class SaganCLI(LightningCLI):
     config_text: str  # of the run folder
 
     def __init__(self, args: Sequence[str] | None = None) -> None:
-        command = next(iter(sys.argv[1:] if args is None else args), None)
+        self._words = [str(word) for word in (sys.argv[1:] if args is None else args)]
+        command = self._words[0] if self._words else None
         self._called = {name: skipped for name, skipped in LightningCLI.subcommands().items() if name == command}
         super().__init__(
             ClassifierModule,
@@ -201,7 +202,7 @@ class SaganCLI(LightningCLI):
         if options.resume and not options.run_dir:
             raise ConfigError("--resume auto needs --run_dir <folder>, whose run goes on")
         if options.run_dir:
-            folder = Path(options.run_dir)
+            folder = self._folder_of_config() or Path(options.run_dir)
         elif checkpoint and Path(checkpoint).resolve().parent.name == "checkpoints":
             folder = Path(checkpoint).resolve().parent.parent
         elif self.config["subcommand"] == "fit" and not checkpoint:
@@ -217,6 +218,15 @@ class SaganCLI(LightningCLI):
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise ConfigError(f"run_dir {folder} cannot be written: {existing} is no folder or not writable")
         return folder
+
+    def _folder_of_config(self) -> Path | None:
+        """Where the run lies whose config is the one of this call; it may have been moved or copied."""
+        if any(word.partition("=")[0] == "--run_dir" for word in self._words):
+            return None
+        for path in [Path(str(config)).absolute() for config in self.options.get("config") or [] if config]:
+            if path == RunPaths(path.parent).config and RunPaths(path.parent).checkpoints.is_dir():
+                return path.parent
+        return None
 
     def _saved_config(self) -> dict[str, Any]:
         """The config as it is kept in the run folder: without what concerns this call alone."""

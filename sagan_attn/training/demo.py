@@ -14,6 +14,7 @@ from sagan_attn.surgery import grafts_of
 from sagan_attn.training.cli import SaganCLI
 from sagan_attn.training.data import LookupData
 from sagan_attn.training.run import RunPaths, load_run, write_json
+from sagan_attn.training.stopping import StoppedBySignalError
 from sagan_attn.viz import attention_at, attention_overlay
 from sagan_attn.viz.draw import save_figure
 
@@ -39,7 +40,14 @@ def default_run(config: Path) -> None:
     console = Console()
     folder = Path("runs") / f"lookup-{datetime.now():%Y%m%d-%H%M%S}"
     console.print("Which digit stands on the square of the marker's colour? Three runs with the same seed and data:")
-    rows = [_train(config, folder / variant, variant, block) for variant, block in VARIANTS.items()]
+    try:
+        rows = [_train(config, folder / variant, variant, block) for variant, block in VARIANTS.items()]
+    except StoppedBySignalError as stopped:
+        advice = (
+            f"python train.py fit --config {stopped.folder / 'config.yaml'} --resume auto goes on with this one of the "
+            "three runs; the comparison itself begins anew"
+        )
+        raise StoppedBySignalError(stopped.signum, stopped.folder, advice) from None
     console.print(_table(rows))
     host, context, sagan = rows
     console.print(

@@ -131,6 +131,11 @@ class ClassifierModule(L.LightningModule):
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
 
     @property
+    def resting(self) -> list[nn.Parameter]:
+        """The host's parameters, as long as they wait for `unfreeze_epoch`."""
+        return self._resting if self._host_rests and self.unfreeze_epoch is not None else []
+
+    @property
     def grafts(self) -> Grafts:
         """The grafts in the network."""
         return grafts_of(self.network)

@@ -23,6 +23,7 @@ import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -129,7 +130,7 @@ class Run:
             ["data", str(_named(self.config, "data", "class_path")).rpartition(".")[2]],
             ["epochs", str(_named(self.config, "trainer", "max_epochs"))],
             ["input", f"3 x {size} x {size}"],
-            ["classes", f"{len(self.classes):,}: {', '.join(self.classes[:20])}"],
+            ["classes", f"{len(self.classes):,}: {shorten(', '.join(self.classes), 50, placeholder=' ...')}"],
         ]
         return f"{text_table({'run': '<', str(self.folder): '<'}, rows)}\n{summary(self.model)}"
 

@@ -25,18 +25,24 @@ ORPHAN_SECONDS = 5.0
 
 
 class StoppedBySignalError(SystemExit):
-    """A fit was stopped by a signal after it wrote a checkpoint. code: the exit code, 128 + the signal."""
+    """A fit was stopped by a signal after it wrote a checkpoint.
+
+    Args:
+        signum: the signal; the exit code is 128 more.
+        folder: of the run.
+        advice: how to go on.
+    """
 
     code: int
 
-    def __init__(self, signum: int, folder: Path) -> None:
+    def __init__(self, signum: int, folder: Path, advice: str | None = None) -> None:
         super().__init__(128 + signum)
         self.signum = signum
         self.folder = folder
+        self.advice = advice or f"the same command with --run_dir {folder} --resume auto goes on"
 
     def __str__(self) -> str:
-        name = signal.Signals(self.signum).name
-        return f"stopped by {name}; the same command with --run_dir {self.folder} --resume auto goes on"
+        return f"stopped by {signal.Signals(self.signum).name}; {self.advice}"
 
 
 class KeepGoing(Checkpoint):  # Lightning puts these last, after those that change what is saved

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sagan_attn.errors import CheckpointError
 from sagan_attn.evaluation.figures import confusion_figure, reliability_figure
-from sagan_attn.evaluation.image_sheets import Picture, image_sheet
+from sagan_attn.evaluation.image_sheets import Picture, answer, image_sheet
 from sagan_attn.evaluation.scores import Scores, scores_of, worst
 from sagan_attn.files import no_formula, write_whole
 from sagan_attn.training.data import ImageData
@@ -83,14 +83,17 @@ class ReportTest(L.Callback):
             Picture(
                 data.preprocess.to_uint8(pictures.open(row["index"])),
                 (
-                    str(row["image"]),
-                    f"{row['class']} {row['probability_class']:.2f}",
-                    f"taken for {row['prediction']} {row['probability_prediction']:.2f}",
+                    f"#{row['image']}" if str(row["image"]).isdecimal() else str(row["image"]),
+                    f"class {answer(row['class'], row['probability_class'])}",
+                    f"taken for {answer(row['prediction'], row['probability_prediction'])}",
                 ),
             )
             for row in rows[:WORST]
         ]
-        title = f"The {len(shown)} of {len(rows):,} wrongly classified test images with the largest loss"
+        title = (
+            f"The {len(shown)} of {len(rows):,} wrongly classified test images with the largest loss: the true class "
+            "and the predicted one, each with the model's probability of it"
+        )
         save_figure(image_sheet(shown, title), self.paths.test / "worst.png")
 
 

@@ -1,8 +1,10 @@
 """Which pixels of an image the cells of a map stand for."""
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,7 +13,12 @@ from torch import Tensor, nn
 from sagan_attn.errors import GraftError
 from sagan_attn.viz.record import AttentionRecord
 
-__all__ = ["Axis", "Cells", "Places", "map_places"]
+__all__ = ["RIM", "Axis", "Cells", "Places", "map_places"]
+
+RIM = (
+    "A cell is the pixels nearest to the centre of its receptive field; strides move these centres to one side, so "
+    "cells at the rim may be smaller or larger than the others."
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,15 @@ class Cells:
     @property
     def size(self) -> tuple[int, int]:
         return len(self.rows) - 1, len(self.columns) - 1
+
+    @property
+    def even(self) -> bool:
+        """Whether the cells are all of one height and one width."""
+        return all(
+            math.isclose(high - low, edges[1] - edges[0], rel_tol=1e-6)
+            for edges in (self.rows, self.columns)
+            for low, high in pairwise(edges)
+        )
 
     def at(self, x: float, y: float) -> int:
         """The position row * W + column of the cell that a point of the image lies in.

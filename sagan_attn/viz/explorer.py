@@ -53,6 +53,7 @@ def explorer_page(seen: Look, title: str, max_bytes: int = MAX_BYTES) -> str:
     words = json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     body = [
         f"<h1>{text(title)}</h1>",
+        f'<p class="dim">{text(seen.images_words)}. {text(seen.rim)}</p>',
         BODY,
         f'<script type="application/json" id="data">{words}</script>',
     ]

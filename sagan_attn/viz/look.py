@@ -9,7 +9,7 @@ from sagan_attn.errors import GraftError
 from sagan_attn.surgery import head_importance
 from sagan_attn.surgery.heads import attentions
 from sagan_attn.surgery.probe import quiet
-from sagan_attn.viz.cells import Cells, Places, map_places
+from sagan_attn.viz.cells import RIM, Cells, Places, map_places
 from sagan_attn.viz.head_figures import HeadFigures, head_statistics
 from sagan_attn.viz.record import MAX_BYTES, AttentionRecord, record_attention
 from sagan_attn.viz.targets import At
@@ -27,6 +27,7 @@ class Look:
         records: path of each attention -> the weights of all its queries on these images.
         places: where maps lie in the images.
         importance: path of an attention -> importance of its heads [h], where it is known.
+        left_out: how many more images were asked for and not looked at.
     """
 
     images: Tensor
@@ -34,10 +35,22 @@ class Look:
     records: Mapping[str, AttentionRecord]
     places: Places
     importance: Mapping[str, Tensor] = field(default_factory=dict)
+    left_out: int = 0
 
     def cells(self, path: str) -> tuple[Cells, Cells]:
         """The cells of the queries and of the keys of an attention."""
         return self.places.of(self.records[path])
+
+    @property
+    def rim(self) -> str:
+        """Why cells at the rim have another size; "" where they are all alike."""
+        return "" if all(cells.even for path in self.records for cells in self.cells(path)) else RIM
+
+    @property
+    def images_words(self) -> str:
+        """ "1 image", "8 of 11 images"."""
+        seen, total = len(self.images), len(self.images) + self.left_out
+        return f"{seen} of {total} images" if self.left_out else f"{seen} image{'s' * (seen != 1)}"
 
     def figures(self, path: str) -> list[HeadFigures]:
         """Of each head of an attention."""

@@ -59,6 +59,7 @@ def attention_sheet(seen: Look, path: str, queries: Sequence[int]) -> "Figure":
         for head, axes in enumerate(panels[0, 1:]):
             axes.set_title(f"head {head}")
         figure.suptitle(f"Attention at {plain(record.site)}: what a query (cross) looks at", fontsize=11)
+        caption(figure, seen.rim)
     return figure
 
 
@@ -110,9 +111,14 @@ def head_matrices(seen: Look, path: str) -> "Figure":
                         color="black" if value > 0.6 else "white",
                         fontsize=7,
                     )
-        images = f"{len(record.weights)} image{'s' * (len(record.weights) > 1)}"
-        figure.suptitle(f"Heads at {plain(record.site)}, {images}", fontsize=11)
+        figure.suptitle(f"Heads at {plain(record.site)}, {seen.images_words}", fontsize=11)
     return figure
+
+
+def caption(figure: "Figure", words: str) -> None:
+    """Small words below everything."""
+    if words:
+        figure.supxlabel(fill(words, int(17 * figure.get_figwidth())), fontsize=7)  # letters an inch
 
 
 def place_words(query: int, size: tuple[int, int]) -> str:

@@ -11,7 +11,7 @@ from sagan_attn.viz.draw import COLOURS, MAP, lay_over, mark, picture, plain, st
 from sagan_attn.viz.head_figures import COLUMNS, HeadFigures, agreement, label
 from sagan_attn.viz.look import Look
 from sagan_attn.viz.page import data_url, page, text
-from sagan_attn.viz.sheets import check_queries, place_words
+from sagan_attn.viz.sheets import caption, check_queries, place_words
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,8 +38,9 @@ def summary_figure(seen: Look, path: str, queries: Sequence[int]) -> "Figure":
     check_queries(queries, record.weights.shape[2], path)
     images = min(SHOWN, len(record.weights))
     with style():
-        figure = Figure(figsize=(9.5, 6.0), layout="constrained")
-        halves: Any = figure.subfigures(2, 1, height_ratios=(1, 1.15))
+        several = len(figures) > 1
+        figure = Figure(figsize=(9.5, 6.0 if several else 4.3), layout="constrained")
+        halves: Any = figure.subfigures(2, 1, height_ratios=(1, 1.15 if several else 0.4))
         above, below = halves
         panels = above.subplots(1, 2 * SHOWN, squeeze=False)[0]
         for axes in panels:
@@ -59,8 +60,10 @@ def summary_figure(seen: Look, path: str, queries: Sequence[int]) -> "Figure":
             bar.update_ticks()
             bar.ax.tick_params(labelsize=8)
             bar.set_label("attention weight, mean of heads", fontsize=8)
-        _bars(below, figures, record)
-        images_words = f"{len(record.weights)} image{'s' * (len(record.weights) > 1)}"
+        if several:
+            _bars(below, figures, record)
+        else:
+            _bars_of_one(below, figures[0])
         sizes = (
             " x ".join(map(str, record.query_size or ()))
             + " queries, "
@@ -69,10 +72,33 @@ def summary_figure(seen: Look, path: str, queries: Sequence[int]) -> "Figure":
         )
         heads_words = f"{len(figures)} head{'s' * (len(figures) > 1)}"
         figure.suptitle(
-            f"Attention at {plain(record.site)}: {heads_words}, {sizes}, {images_words}",
+            f"Attention at {plain(record.site)}: {heads_words}, {sizes}, {seen.images_words}",
             fontsize=11,
         )
+        caption(figure, seen.rim)
     return figure
+
+
+def _bars_of_one(below: Any, one: HeadFigures) -> None:
+    """The figures of the only head in one chart, and its distance, in pixels, beside it. Its importance is always 1."""
+    shares = [(words, getattr(one, name)) for name, words, _ in BARS if name not in ("distance", "importance")]
+    distance = [(words, one.distance) for name, words, _ in BARS if name == "distance"]
+    for axes, bars in zip(below.subplots(1, 2, width_ratios=(3, 2)), (shares, distance), strict=True):
+        known = [(words, value) for words, value in bars if not math.isnan(value)]
+        if not known:
+            axes.set_axis_off()
+            continue
+        drawn = axes.barh([words for words, _ in known], [value for _, value in known], color=COLOURS[0], height=0.6)
+        axes.bar_label(drawn, [f"{value:.3g}" for _, value in known], padding=2, fontsize=8)
+        axes.set_ylim(len(bars) - 0.4, -0.6)
+        axes.tick_params(labelsize=8)
+        if bars is shares:
+            axes.set_xlim(min(0.0, *(value for _, value in known)), 1.15)
+        else:
+            axes.set_yticks([])
+            axes.set_title(known[0][0], fontsize=8)
+            axes.axvline(one.distance_even, color=COLOURS[1], linestyle="--", linewidth=1.2)
+            axes.set_xlim(0, 1.25 * max(one.distance, one.distance_even))
 
 
 def _bars(below: Any, figures: Sequence[HeadFigures], record: Any) -> None:
@@ -80,7 +106,6 @@ def _bars(below: Any, figures: Sequence[HeadFigures], record: Any) -> None:
 
     values = {name: [getattr(one, name) for one in figures] for name, _, _ in BARS}
     known = [bar for bar in BARS if not all(math.isnan(value) for value in values[bar[0]])]
-    several = len(figures) > 1
     panels = below.subplots(2, 3, squeeze=False).ravel()
     for axes in panels:
         axes.set_axis_off()
@@ -104,16 +129,15 @@ def _bars(below: Any, figures: Sequence[HeadFigures], record: Any) -> None:
         axes.set_title(words, fontsize=8)
         axes.set_xlabel("head", fontsize=8)
         axes.tick_params(labelsize=8)
-    if several:
-        axes = panels[5]
-        axes.set_axis_on()
-        drawn = axes.imshow(agreement(record).cpu().numpy(), cmap=MAP, vmin=0, vmax=1)
-        below.colorbar(drawn, ax=axes, label="1 - total variation")
-        axes.set_title("agreement of heads", fontsize=8)
-        axes.set_xlabel("head", fontsize=8)
-        axes.set_ylabel("head", fontsize=8)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator(integer=True))
+    axes = panels[5]
+    axes.set_axis_on()
+    drawn = axes.imshow(agreement(record).cpu().numpy(), cmap=MAP, vmin=0, vmax=1)
+    below.colorbar(drawn, ax=axes, label="1 - total variation")
+    axes.set_title("agreement of heads", fontsize=8)
+    axes.set_xlabel("head", fontsize=8)
+    axes.set_ylabel("head", fontsize=8)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
 
 
 def summary_page(seen: Look, path: str, queries: Sequence[int]) -> str:
@@ -132,7 +156,7 @@ def summary_page(seen: Look, path: str, queries: Sequence[int]) -> str:
     first = seen.figures(path)[0]
     body = [
         f"<h1>Attention at {text(record.site)}</h1>",
-        f'<p class="dim">{text(record.path)}: {first.images} images, {first.queries} queries and '
+        f'<p class="dim">{text(record.path)}: {text(seen.images_words)}, {first.queries} queries and '
         f"{first.keys} keys each. Pixels are those of the image as the model saw it.</p>",
         f'<figure><img alt="Images under the attention of a query, and bars of the figures below" '
         f'src="{data_url("image/png", out.getvalue())}"></figure>',

@@ -69,7 +69,8 @@ def _named(model: nn.Module, grafts: Sequence[Graft], one: str | Graft) -> list[
         if not found:
             first = chosen[0]
             kind = type(first.block).__name__
-            raise GraftError(f"graft {first.name!r} at {first.site!r} is a {kind}: no attention weights")
+            there = _where(model, grafts)
+            raise GraftError(f"graft {first.name!r} at {first.site!r} is a {kind}: no attention weights; {there}")
         return found
     inside = [target for graft in grafts for target in _in_graft(graft) if target.path == one]
     modules = dict(model.named_modules())
@@ -77,13 +78,24 @@ def _named(model: nn.Module, grafts: Sequence[Graft], one: str | Graft) -> list[
         root = modules[str(one)]
         inside = _in_module(str(one), root)
         if not inside:
-            raise GraftError(f"{one!r} is a {type(root).__name__}: no attention weights")
+            kind = type(root).__name__
+            raise GraftError(f"{one!r} is a {kind}: no attention weights; {_where(model, grafts)}")
     if not inside:
         others = [name for name, module in modules.items() if _readable(module)]
         known = list(dict.fromkeys([*(word for g in grafts for word in (g.site, g.name, g.path)), *others]))
         near = difflib.get_close_matches(str(one), known, n=5, cutoff=0.5) or known[:5]
         raise GraftError(f"no attention is called {one!r}; near names: {', '.join(near) or 'none'}")
     return inside
+
+
+def _where(model: nn.Module, grafts: Sequence[Graft]) -> str:
+    """Says where there is attention: the sites of grafts, and the paths of other modules."""
+    grafted = [target for graft in grafts for target in _in_graft(graft)]
+    paths = {target.path for target in grafted}
+    others = [target.path for target in _in_module("", model) if target.path not in paths]
+    names = list(dict.fromkeys([*(target.site for target in grafted), *others]))
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return f"there are some at {', '.join(names[:8])}{more}" if names else "and there are none in the model"
 
 
 def _in_graft(graft: Graft) -> list[Target]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from sagan_attn.ablation.report.flat import run_records, summary_records
 from sagan_attn.ablation.report.html import page
 from sagan_attn.ablation.report.paper import escape, methods, paper_files, table
 from sagan_attn.ablation.report.tables import csv_text, parquet_bytes, print_report
+from sagan_attn.ablation.statistics import Interval
+from sagan_attn.ablation.verdict import interval_words
 from sagan_attn.errors import ConfigError
 
 NAME = "<script>alert('x')</script> & $\\frac{1}$ a_b%"
@@ -188,6 +191,24 @@ def test_one_epoch_is_drawn_as_bars():
     assert list(axes.get_xticks()) == [1]
     assert len(axes.containers) == len({result["variant"] for result in fake.results})
     assert len({float(bars[0].get_xdata()[0]) for bars in axes.containers}) == len(axes.containers)
+
+
+def test_an_axis_of_cost_spans_what_its_labels_tell_apart():
+    fake = make({"none": 0.0, "sagan": 0.01}, controls=(), seeds=2)
+    for place, result in enumerate(fake.results):
+        result["cost"] |= {"peak_bytes": 725_500_000 + 10_000 * place, "parameters": 20_000 + 1000 * place}
+    figure = draw(of(fake))["cost-confirm-6"]
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        labels = [label.get_text() for label in axes.get_xticklabels()]
+        assert len(set(labels)) == len(labels)
+    low, high = figure.axes[-1].get_xlim()
+    assert high - low == pytest.approx(0.01 * 725.5e6, rel=1e-3)
+
+
+def test_nothing_has_no_sign():
+    assert interval_words(Interval(-0.00001, -0.0017, 0.0017, 0.001, 6)) == "0.00 [-0.17, +0.17]"
+    assert interval_words(Interval(0.0, -0.00002, 0.00002, 0.001, 6), signed=False) == "0.00 [0.00, 0.00]"
 
 
 def test_many_variants_are_not_all_drawn_as_curves():
@@ -381,6 +402,11 @@ def test_in_a_real_browser(written: Path, tmp_path: Path):
             assert browser.value("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
             browser.screenshot(tmp_path / f"{width}.png")
             assert (tmp_path / f"{width}.png").read_bytes().startswith(b"\x89PNG")
+        classes = "document.querySelector('.wide').className"
+        assert browser.value(classes) == "wide scrolls more"
+        browser.value("document.querySelector('.wide').scrollLeft = 1e6")
+        time.sleep(0.2)
+        assert browser.value(classes) == "wide scrolls"
         column = "[...document.querySelector('table').tBodies[0].rows].map((row) => Number(row.cells[2].dataset.v))"
         button = "document.querySelector('table').tHead.rows[0].cells[2].querySelector('button').click()"
         before = browser.value(column)

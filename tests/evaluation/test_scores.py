@@ -9,7 +9,7 @@ import torch
 from sklearn import metrics
 
 from sagan_attn.evaluation.figures import confusion_figure, reliability_figure
-from sagan_attn.evaluation.image_sheets import Picture, image_sheet
+from sagan_attn.evaluation.image_sheets import Picture, answer, image_sheet
 from sagan_attn.evaluation.pairs import Pairing, pair
 from sagan_attn.evaluation.scores import BINS, scores_of, worst
 
@@ -103,8 +103,29 @@ def test_figures_are_drawn(answers):
     numbers = {tuple(map(int, text.get_position())): text.get_text() for text in axes.texts}
     assert numbers[1, 0] == str(scores.confusion[0, 1])  # column, row
     assert not reliability_figure(scores).axes[0].texts
+    assert "500 images, 0 to " in axes.get_title()
+    many = confusion_figure(scores_of(torch.randn(50, 30), torch.arange(50) % 25), [f"c{i}" for i in range(30)])
+    labels = [label.get_text() for label in many.axes[0].get_yticklabels()]
+    assert (labels[3], labels[29]) == ("c3 (2)", "c29 (0)")
+    assert many.axes[0].get_xticklabels()[3].get_text() == "c3"
+    assert "50 images, 0 to 2 a class" in many.axes[0].get_title()
     wide = scores_of(torch.randn(50, 100), torch.arange(50))
     assert not confusion_figure(wide, [str(i) for i in range(100)]).axes[0].texts
+
+
+def test_bins_of_few_images_look_like_it():
+    """Nine images at confidence 0.9 and ten at 0.6, all right: the markers are at 1."""
+    logits = torch.tensor([[0.9, 0.1]] * 9 + [[0.6, 0.4]] * 10).log()
+    above = reliability_figure(scores_of(logits, torch.zeros(19, dtype=torch.long))).axes[0]
+    assert [bool(bar.get_hatch()) for bar in above.patches] == [False, True]
+    assert "fewer than 10 images" in [text.get_text() for text in above.get_legend().get_texts()]
+    assert [line.get_clip_on() for line in above.lines if line.get_marker() == "o"] == [False]
+
+
+def test_answers_say_their_probability():
+    shares = (0.0, 0.004, 0.012, 0.994, 0.996, 1.0)
+    words = ["a (0 %)", "a (<1 %)", "a (1 %)", "a (99 %)", "a (>99 %)", "a (100 %)"]
+    assert [answer("a", share) for share in shares] == words
 
 
 def test_a_sheet_has_a_panel_for_each_picture():
@@ -112,4 +133,6 @@ def test_a_sheet_has_a_panel_for_each_picture():
     figure = image_sheet(pictures, "Eight")
     drawn = [axes for axes in figure.axes if axes.images]
     assert [axes.get_xlabel() for axes in drawn] == [f"image {i}\ncat 0.3" for i in range(8)]
+    long = image_sheet(pictures[:1], "a long title " * 10)
+    assert max(map(len, long.get_suptitle().splitlines())) < 70
     image_sheet([], "None")

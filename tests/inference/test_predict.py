@@ -7,12 +7,15 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
 from sagan_attn.__main__ import main
+from sagan_attn.commands.image_files import short_names
+from sagan_attn.commands.predict import _sheet
 from sagan_attn.errors import ConfigError
-from sagan_attn.inference import predict_images
+from sagan_attn.inference import Prediction, predict_images
 from sagan_attn.training import Run, load_run
 from sagan_attn.training.data import LookupData
 
@@ -128,6 +131,49 @@ def test_the_command(small_run: Path, images: Path, tmp_path: Path, capsys: pyte
     with Image.open(tmp_path / "out.png") as sheet:
         assert sheet.width > 500
     assert main([*call, str(images / "1.png")]) == 0
+
+
+def test_nothing_is_written_where_no_image_can_be_read(
+    small_run: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    call = ["predict", str(small_run), "--out", str(tmp_path / "out.csv"), "--images"]
+    assert main([*call, str(images / "1.png")]) == 0
+    before = {file: file.read_bytes() for file in files_in(tmp_path)}
+    assert len(before) == 3
+    capsys.readouterr()
+    assert main([*call, str(images / "4.png"), str(images / "9.png")]) == 1
+    first, second, last = capsys.readouterr().err.splitlines()
+    assert "4.png" in first
+    assert "9.png" in second
+    assert last == "error: none of the 2 images could be done: nothing was written"
+    assert {file: file.read_bytes() for file in files_in(tmp_path)} == before
+    assert main([*call, str(images / "9.png")]) == 1
+    assert capsys.readouterr().err.endswith("error: the image could not be done: nothing was written\n")
+
+
+def answers(*names: str, error: str | None = None, image: bool = True) -> list[Prediction]:
+    pixels = torch.zeros(3, 4, 4, dtype=torch.uint8) if image else None
+    return [Prediction(Path(name), () if error else (("cat", 1.0),), pixels, error) for name in names]
+
+
+def words_of(sheet: Figure) -> tuple[str, list[str]]:
+    return sheet.get_suptitle(), [label.partition("\n")[0] for axes in sheet.axes if (label := axes.get_xlabel())]
+
+
+def test_the_sheet_says_what_it_shows():
+    broken = answers("x.png", error="cannot be read", image=False)
+    title, names = words_of(_sheet([*answers("a/1.png", "b/1.png"), *broken, *answers("b/2.png")]))
+    assert title == "Predictions for 3 images"
+    assert names == ["a/1.png", "b/1.png", "2.png"]
+    assert words_of(_sheet(answers("1.png")))[0] == "Predictions for 1 image"
+    title, _ = words_of(_sheet([*answers("a/1.png"), *broken, *answers("2.png", "3.png", image=False)]))
+    assert title == "Predictions for 3 images, the first 1 of them"
+
+
+def test_short_names_tell_files_apart():
+    files = [Path(name) for name in ("1.png", "a/1.png", "x/a/2.png", "y/a/2.png", "y/3.png")]
+    assert short_names(files) == ["1.png", "a/1.png", "x/a/2.png", "y/a/2.png", "3.png"]
+    assert short_names([]) == []
 
 
 @pytest.mark.parametrize(

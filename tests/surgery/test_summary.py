@@ -4,6 +4,7 @@ import ast
 import copy
 import functools
 import inspect
+import pickle
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -12,12 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from hosts import HOSTS, assert_same, assert_unchanged, open_gates, snapshot
+from torch import fx
 
 import sagan_attn.surgery
 from sagan_attn import graft, grafts_of, ungraft
 from sagan_attn.blocks import MultiHeadAttention2d
 from sagan_attn.errors import GraftError
-from sagan_attn.surgery.summary import GraftLine, freeze_host, summary
+from sagan_attn.surgery.freeze import freeze_host
+from sagan_attn.surgery.summary import GraftLine, summary
 
 HOST = HOSTS["tiny"]
 IMAGE = torch.zeros(1, 3, 32, 32)
@@ -85,6 +88,50 @@ def test_freeze_host(host: str):
     assert summary(model).host_trainable == 0
     with pytest.raises(GraftError, match="nothing would learn"):
         freeze_host(host_.build())
+
+
+@pytest.mark.parametrize("road", ["called", "copied", "pickled", "compiled", "traced"])
+def test_a_frozen_host_keeps_its_statistics_whatever_the_mode(road: str, tmp_path: Path):
+    """So a file of the grafts makes the trained model of a host that was as this one."""
+    host = HOSTS["tv-resnet18"]
+    model, images = host.build(), host.images()
+    expected = model.eval()(images)
+    graft(model, "layer2", block="biggan", example_input=images)
+    grafts = freeze_host(model)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers() if ".grafts." not in name}
+    if road == "copied":
+        model = copy.deepcopy(model)
+    if road == "pickled":
+        model = pickle.loads(pickle.dumps(model))
+    grafts = grafts_of(model)
+    called = {
+        "compiled": lambda: torch.compile(model, backend="eager", fullgraph=True),
+        "traced": lambda: fx.symbolic_trace(model),
+    }
+    run = called.get(road, lambda: model)()
+    optimizer = torch.optim.SGD(grafts.param_groups(lr=0.1))
+    for _ in range(3):
+        run.train()
+        optimizer.zero_grad()
+        run(images).square().mean().backward()
+        optimizer.step()
+    after = dict(run.named_buffers() if road == "traced" else model.named_buffers())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert next(iter(grafts.gammas().values())) != 0
+    with grafts.disabled():
+        assert torch.equal(model.eval()(images), expected)
+
+
+def test_a_batch_norm_that_learns_again_is_an_ordinary_one():
+    host = HOSTS["tv-resnet18"]
+    model = host.build()
+    graft(model, "layer2", example_input=host.images(1))
+    freeze_host(model)
+    freeze_host(model)
+    assert len(model.bn1._forward_pre_hooks) == 1
+    model.requires_grad_(True).train()(host.images())
+    assert model.bn1.training
+    assert model.bn1.num_batches_tracked == 1
 
 
 def test_freeze_host_keeps_what_grafts_are_set_to():

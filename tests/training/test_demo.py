@@ -1,13 +1,17 @@
 """The default run."""
 
 import json
+import signal
+from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
 from small_runs import CONFIGS
 
+from sagan_attn.training import demo
 from sagan_attn.training.cli import main
+from sagan_attn.training.stopping import StoppedBySignalError
 
 
 def small_config(folder):
@@ -44,6 +48,21 @@ def test_it_compares_host_control_and_attention(tmp_path, monkeypatch, capsys):
         assert picture.size[0] > 600
     assert "host + context-max (control)" in output
     assert "attention.png" in output
+
+
+def test_what_is_said_when_it_is_stopped(tmp_path, monkeypatch, capsys):
+    folders = []
+
+    def fit(arguments):
+        folders.append(Path(arguments[-1]))
+        raise StoppedBySignalError(signal.SIGTERM, folders[0])
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "SaganCLI", fit)
+    assert main(default_config=small_config(tmp_path)) == 143
+    said = capsys.readouterr().err
+    assert f"train.py fit --config {folders[0] / 'config.yaml'} --resume auto goes on with this one" in said
+    assert "the comparison itself begins anew" in said
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -77,13 +78,14 @@ def test_a_folder_of_photographs(photographs: Path, weights: Path, tmp_path: Pat
         f"--run_dir={run}",
     ]
     assert train(["fit", *options, *host, *short, *quiet]) == 0
+    assert re.search(r"; training [\d,]+ until epoch 1, [\d,]+ from then on", capsys.readouterr().out)
     described = json.loads((run / "environment.json").read_text())["data"]
     assert described["classes"] == CLASSES
     assert sorted(Path(file).relative_to(photographs).as_posix() for file in described["left_out"]) == [
         "breed 03/4.jpg",
         "breed 07/5.jpg",
     ]
-    assert sum(described["sizes"].values()) == 220 - 44  # two of 222 are broken, a fifth of the rest is for the test
+    assert described["sizes"] == {"train": 146, "val": 37}  # of 222, two are broken; one of each class for the test
     model = timm.create_model("test_resnet")
     expected = model.pretrained_cfg
     transform = json.loads((run / "transform.json").read_text())
@@ -91,7 +93,7 @@ def test_a_folder_of_photographs(photographs: Path, weights: Path, tmp_path: Pat
     assert transform["interpolation"] == expected["interpolation"]
     assert transform["crop_pct"] == expected["crop_pct"]
     assert train(["test", "--config", str(run / "config.yaml"), "--trainer.enable_progress_bar=false"]) == 0
-    assert json.loads((run / "test_metrics.json").read_text())["images"] == 44
+    assert json.loads((run / "test_metrics.json").read_text())["images"] == 37
     losses = pd.read_csv(run / "metrics.csv")["train/loss"]
     assert losses.iloc[-1] < losses.iloc[0] - 0.1
     capsys.readouterr()

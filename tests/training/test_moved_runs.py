@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from sagan_attn.training.checkpoints import WholeFileIO, checkpoint_callbacks
+from sagan_attn.training.cli import main
 from sagan_attn.training.run import RunPaths
 
 
@@ -72,3 +73,16 @@ def test_callbacks_of_any_kind(callbacks: Any, tmp_path: Path):
     path = tmp_path / "last.ckpt"
     WholeFileIO().save_checkpoint({"state_dict": {"network.a": torch.ones(1)}, "callbacks": callbacks}, path)
     assert WholeFileIO().load_checkpoint(path)["state_dict"].keys() == {"network.a"}
+
+
+def test_a_config_is_that_of_the_run_it_lies_in(small_run: Path, tmp_path: Path):
+    """Of a copy, whose config still names the folder it was written in; unless another is asked for."""
+    copy, before = tmp_path / "copy", {path: path.read_bytes() for path in small_run.rglob("*") if path.is_file()}
+    shutil.copytree(small_run, copy)
+    RunPaths(copy).config.write_text(RunPaths(copy).config.read_text().replace(str(small_run), "/nowhere"))
+    assert main(["test", "--config", str(copy / "config.yaml")]) == 0
+    assert RunPaths(copy).test_metrics.is_file()
+    assert {path: path.read_bytes() for path in small_run.rglob("*") if path.is_file()} == before
+    shutil.copytree(small_run, tmp_path / "other")
+    assert main(["test", "--config", str(copy / "config.yaml"), f"--run_dir={tmp_path / 'other'}"]) == 0
+    assert RunPaths(tmp_path / "other").test_metrics.is_file()

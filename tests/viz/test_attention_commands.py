@@ -4,12 +4,15 @@ import csv
 import io
 import json
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from looks import seen
 from PIL import Image
+from torch import nn
 
 from sagan_attn.__main__ import main
 from sagan_attn.commands.maps import _positions
@@ -84,7 +87,7 @@ def test_explore(small_run: Path, photos: Path, tmp_path: Path, capsys: pytest.C
     ("more", "message"),
     [
         ({"--at": "lokal"}, "no attention is called 'lokal'; near names: local"),
-        ({"--at": "head"}, "no attention weights"),
+        ({"--at": "head"}, "no attention weights; there are some at local"),
         ({"--checkpoint": "nowhere"}, "there is no run folder nowhere"),
         ({"--checkpoint": "pyproject.toml"}, "pyproject.toml lies in no run folder"),
         ({"--images": "no.png"}, "there is no image, folder or pattern's match 'no.png'"),
@@ -117,6 +120,48 @@ def test_bad_input_is_one_line(
     assert message in output.err
     assert output.err.count("\n") == 1
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("command", "suffix"), [("maps", ".png"), ("explore", ".html")])
+def test_broken_images_of_a_folder_are_named_and_passed_over(
+    command: str, suffix: str, small_run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = tmp_path / "mixed"
+    shutil.copytree(photos, folder)
+    shutil.copy(photos / "a.png", folder / "deeper" / "a.png")
+    (folder / "0.png").write_text("no image")
+    out = tmp_path / f"out{suffix}"
+    run = [command, "--checkpoint", str(small_run), "--out", str(out), "--limit", "3", "--images"]
+    assert main([*run, str(folder / "0.png"), str(folder)]) == 2  # named by itself
+    assert main([*run, str(folder / "*.txt"), str(folder / "0*")]) == 2  # none left
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[2][:22] for line in said[:3]] == [" cannot read the image"] * 3
+    assert said[3].startswith("error: no image in ")
+    assert len(said) == 4
+    assert not out.exists()
+    assert main([*run, str(folder)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: cannot read the image")
+    assert "0.png" in line
+    if command == "maps":
+        (numbers,) = json.loads(out.with_suffix(".json").read_text())
+        names = numbers["images"]
+    else:
+        (words,) = re.findall(r'id="data">(.*?)</script>', out.read_text(), re.S)
+        names = [image["caption"] for image in json.loads(words)["images"]]
+    assert [name.partition(":")[0] for name in names] == ["mixed/a.png", "deeper/a.png", "b.jpg"]
+
+
+def test_a_run_without_grafts_is_named(
+    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    bare = replace(load_run(small_run), model=nn.Sequential(nn.Flatten()))
+    monkeypatch.setattr("sagan_attn.commands.attention_images.open_run", lambda _: bare)
+    run = ["maps", "--checkpoint", str(small_run), "--out", str(tmp_path / "out.png"), "--images", "dataset:1"]
+    assert main(run) == 2
+    assert f"error: {small_run}: Sequential has no attention weights to record" in capsys.readouterr().err
+    assert main([*run, "--at", "0"]) == 2
+    assert "'0' is a Flatten: no attention weights; and there are none in the model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,8 @@ def test_a_residual_network_and_what_is_not_known():
     cells = places[0].cells((5, 6))  # layer3: stride 16, centres on every 16th pixel from the first
     assert cells.rows == (0, 8.5, 24.5, 40.5, 56.5, 65)
     assert cells.columns == (0, 8.5, 24.5, 40.5, 56.5, 72.5, 96)
+    assert not cells.even
+    assert places[0].cells((4, 4)).even
     assert places[0].cells((4, 4)).rows == (0, 16.25, 32.5, 48.75, 65)  # no map has that size: stretched
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 

@@ -5,6 +5,7 @@ import json
 import re
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ import numpy as np
 import pytest
 import torch
 from browser import Browser, find_browser
-from looks import model, seen
+from looks import images, model, seen
+from PIL import Image
 from torch import nn
 
 from sagan_attn import graft
+from sagan_attn.__main__ import main
 from sagan_attn.errors import GraftError
+from sagan_attn.viz.cells import Axis, Places
 from sagan_attn.viz.explorer import explorer_page, quantised
 from sagan_attn.viz.look import look
 
@@ -57,6 +61,26 @@ def test_weights_are_kept_to_a_255th_of_the_largest_of_their_row():
     steps, limits = quantised(torch.tensor([[0.0, 0.0], [-1.0, 3.0], [0.5, 1.0]]))
     assert limits.tolist() == [[0, 0], [-1, 3], [0, 1]]
     assert steps.tolist() == [[0, 0], [0, 255], [128, 255]]
+
+
+def test_the_page_says_what_was_left_out_and_why_cells_differ():
+    page = explorer_page(seen(), "t")
+    assert "2 images." in page
+    assert "receptive field" not in page
+    view = replace(seen(), left_out=3, places=Places(12, 16, ({6: Axis(0.5, 2.0)}, {})))
+    page = explorer_page(view, "t")
+    assert "2 of 5 images." in page
+    assert "nearest to the centre of its receptive field" in page
+
+
+def test_the_command_counts_what_its_limit_leaves_out(small_run: Path, tmp_path: Path):
+    for place, image in enumerate(images(3, 48, 48)):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{place}.png")
+    out = tmp_path / "page.html"
+    for limit, words in (("2", "2 of 3 images."), ("3", ">3 images.")):
+        run = ["explore", "--checkpoint", str(small_run), "--out", str(out), "--images", str(tmp_path)]
+        assert main([*run, "--limit", limit]) == 0
+        assert words in out.read_text()
 
 
 def test_names_are_escaped_and_nothing_is_fetched():

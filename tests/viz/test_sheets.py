@@ -3,6 +3,7 @@
 import io
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,7 @@ def test_weights_lie_on_the_pixels_of_their_keys():
     assert [axes.get_title() for axes in (image, first, second)] == ["image", "head 0", "head 1"]
     assert figure.axes[-1].get_ylabel() == "attention weight"
     assert figure.get_suptitle() == "Attention at layer: what a query (cross) looks at"
+    assert "at the rim may be smaller or larger" in figure.get_supxlabel().replace("\n", " ")
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     shown = np.asarray(canvas.buffer_rgba())[..., :3].astype(int)
@@ -106,11 +108,29 @@ def test_summary_as_figure_and_page():
     titles = {axes.get_title() for axes in figure.axes} - {""}
     assert titles >= {"entropy / ln(keys)", "weight on the query's own key", "query-independence", "agreement of heads"}
     assert "importance (l2 norm 1)" in titles
+    assert figure.get_supxlabel() == ""  # its cells are all alike
+    assert "2 of 5 images" in summary_figure(replace(view, left_out=3), path, [0]).get_suptitle()
     page = summary_page(view, path, [0, 9])
     assert len(re.findall(r"<tr>", page)) == 3
     assert "script-src 'none'" in page
     assert not re.search(r'(?:src|href)="(?!data:)', page)
     assert '<th scope="col" title="from query to key, pixels, mean by weight">distance (pixels)</th>' in page
+
+
+def test_one_head_has_one_chart():
+    view = seen(network=model(1))
+    (path,) = view.records
+    (one,) = view.figures(path)
+    figure = summary_figure(view, path, [0])
+    shares, distance = figure.subfigs[1].axes
+    names = [label.get_text() for label in shares.get_yticklabels()]
+    assert names == ["entropy / ln(keys)", "weight on the query's own key", "query-independence"]
+    widths = [bar.get_width() for bar in shares.patches]
+    assert widths == [one.entropy_share, one.self_weight, one.query_independence]
+    assert [bar.get_width() for bar in distance.patches] == [one.distance]
+    (record,) = view.records.values()
+    signed = replace(view, records={path: replace(record, weights=-record.weights)})
+    assert len(summary_figure(signed, path, [0]).subfigs[1].axes[0].patches) == 1  # no shares: its own weight alone
 
 
 def test_files_are_the_same_each_time(tmp_path):

@@ -27,6 +27,7 @@ BASELINE = "#000000"
 CONTROL_DASHES = (0, (4, 2))
 CURVES = 8  # variants with curves in one panel
 WIDTH = 7.5  # inches
+LEAST_SPAN = 0.01  # of an axis of cost, as a share of the cost: less is no difference worth a spread
 COSTS = (
     ("parameters", "parameters", ""),
     ("flops", "FLOPs of an image", ""),
@@ -288,8 +289,12 @@ def _cost(group: Group, styles: Mapping[str, Style]) -> "Figure":
                     capsize=2,
                 )
                 handles.setdefault(_label(row), bar)
+        low, high = axes.get_xlim()
+        middle = (low + high) / 2
+        if high - low < LEAST_SPAN * middle:
+            axes.set_xlim(middle * (1 - LEAST_SPAN / 2), middle * (1 + LEAST_SPAN / 2))
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _, unit=unit: short_number(value, unit, 4)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _, unit=unit: short_number(value, unit, 5)))
         axes.set_xlabel(words)
         axes.grid(visible=True, linewidth=0.3)
     for axes in panels[::2]:

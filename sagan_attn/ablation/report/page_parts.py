@@ -24,6 +24,9 @@ a { color: var(--accent); }
 .warn p { margin: .2rem 0; }
 ul.marks { color: var(--warn); max-width: 75ch; margin: .4rem 0; padding-left: 1.2rem; }
 .wide { overflow-x: auto; border: 1px solid var(--line); border-radius: .4rem; margin: .6rem 0; }
+.wide.more { mask-image: linear-gradient(to left, transparent, #000 2.5rem); }
+.wide.scrolls::after { content: "scroll sideways for more columns \\2192"; display: block; position: sticky; left: 0;
+  padding: .3rem .6rem; color: var(--dim); font-size: .8rem; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; width: 100%; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap;
   overflow-wrap: normal; }
@@ -57,6 +60,7 @@ summary { cursor: pointer; }
 @media print { :root { --ink: #000; --dim: #333; --paper: #fff; --line: #999; --soft: #eee; --accent: #000;
     --warn: #000; --warn-soft: #fff; }
   body { max-width: none; padding: 0; font-size: 10pt; } .wide { overflow: visible; border: 0; }
+  .wide.more { mask-image: none; } .wide.scrolls::after { content: none; }
   table { font-size: 6pt; } th, td { padding: 1pt 2pt; white-space: normal; min-width: 0; }
   th:first-child, td:first-child { position: static; min-width: 0; } .words { min-width: 0; } a { color: inherit; }
   figure, tr { break-inside: avoid; } h2, h3 { break-after: avoid; } .figures { display: block; }
@@ -81,5 +85,13 @@ for (const table of document.querySelectorAll("table.sortable")) {
     });
     body.append(...rows);
   }));
+}
+for (const wide of document.querySelectorAll(".wide")) {
+  const see = () => {
+    wide.classList.toggle("scrolls", wide.scrollWidth > wide.clientWidth + 1);
+    wide.classList.toggle("more", wide.scrollLeft + wide.clientWidth < wide.scrollWidth - 1);
+  };
+  wide.addEventListener("scroll", see);
+  new ResizeObserver(see).observe(wide);
 }
 """

@@ -7,7 +7,7 @@ from sagan_attn.ablation.comparisons import Row
 from sagan_attn.ablation.report.flat import run_records
 from sagan_attn.ablation.report.tables import csv_text
 from sagan_attn.ablation.statistics import Interval
-from sagan_attn.ablation.verdict import COVERS, epochs, p_words
+from sagan_attn.ablation.verdict import COVERS, epochs, p_words, points_words
 from sagan_attn.errors import ConfigError
 
 __all__ = ["escape", "methods", "paper_files", "table"]
@@ -108,7 +108,8 @@ def _line(row: Row) -> str:
 def _interval(of: Interval | None) -> str:
     if of is None:
         return "--"
-    return f"${100 * of.mean:+.2f}$ [${100 * of.low:+.2f}$, ${100 * of.high:+.2f}$]"
+    mean, low, high = (points_words(value) for value in (of.mean, of.low, of.high))
+    return f"${mean}$ [${low}$, ${high}$]"
 
 
 def methods(analysis: Analysis) -> str:

@@ -58,6 +58,7 @@ class ImageData(L.LightningDataModule, ABC):
 
     default_mean: tuple[float, ...] = IMAGENET_MEAN
     default_std: tuple[float, ...] = IMAGENET_STD
+    stratified: bool = False  # whether the validation part is split off class by class
 
     def __init__(
         self,
@@ -192,7 +193,8 @@ class ImageData(L.LightningDataModule, ABC):
     def _training_parts(self) -> dict[Split, PicturePart]:
         pictures, val_pictures = self.given_pictures("train"), self.pictures("val")
         val_fraction = self.val_fraction if val_pictures is None else 0.0
-        train, val = split_indices(len(pictures.labels), val_fraction, self.seed, self.limit_train)
+        labels = pictures.labels if self.stratified else None
+        train, val = split_indices(len(pictures.labels), val_fraction, self.seed, self.limit_train, labels)
         if val_pictures is None:
             val_pictures = pictures
         else:

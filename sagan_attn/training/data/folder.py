@@ -3,6 +3,7 @@
 import hashlib
 import os
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,11 +14,11 @@ from typing import Any, Literal
 from PIL import ExifTags, Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from sagan_attn.errors import DataError
+from sagan_attn.errors import DataError, one_line
 from sagan_attn.training.data.augment import AugmentConfig
 from sagan_attn.training.data.base import ImageData, Split
 from sagan_attn.training.data.preprocess import image_file, open_image, to_rgb
-from sagan_attn.training.data.splits import seeded_order
+from sagan_attn.training.data.splits import seeded_order, stratified_split
 
 __all__ = ["FolderData"]
 
@@ -67,12 +68,17 @@ class FolderData(ImageData):
     `root/<class>/...`: `test_fraction` of the images is kept for testing, the same ones whatever `seed` is,
     so that no seed trains on what another is tested on; the validation part is split off the rest.
 
+    Both splits are stratified: of each class its share, rounded, and at least one image, as long as one is left for
+    each other part. Training comes first, then testing: classes too small for all parts are named in a warning.
+
     Files may lie deeper within a class; hidden files and files that are no images (torchvision's
     IMG_EXTENSIONS) are passed over. A file that cannot be read is refused when it is met; with `unreadable`
     "skip" all files are decoded once beforehand, and those that fail are left out with a warning that names
     them. Without `image_size` all training images must be squares of one size.
     mean and std default to ImageNet's. Crop and flip by default. See `ImageData` for the other options.
     """
+
+    stratified = True
 
     def __init__(
         self,
@@ -116,24 +122,47 @@ class FolderData(ImageData):
         self.unreadable = unreadable
         self.left_out: list[str] = []
         self._listed: dict[str, FolderPictures] = {}
+        self._warned = False
 
     def pictures(self, split: Split) -> FolderPictures | None:
         root = Path(self.root)
         if _has_splits(root):
             if split == "val" and not (root / "val").is_dir():
                 return None
-            return self._list(split)
+            pictures = self._list(split)
+            if split == "train" and self.val_fraction and not (root / "val").is_dir():
+                self._warn_of_small_classes(pictures, ["train", "val"])
+            return pictures
         if split == "val":
             return None
         whole = self._list("")
         order = seeded_order(len(whole.files), "test split")
-        n_test = round(len(order) * self.test_fraction)
-        if not 0 < n_test < len(order):
+        # one is left for validation whether there is any or not: what is tested on hangs on no other option
+        test, train = stratified_split(whole.labels, self.test_fraction, order, keep=2)
+        if not test:
             raise DataError(
-                f"test_fraction ({self.test_fraction}) of the {len(order)} images in {root} leaves {n_test} to "
-                f"test on and {len(order) - n_test} to train on: both must be above 0"
+                f"test_fraction ({self.test_fraction}) of the {len(order)} images in {root} leaves 0 to test on: no "
+                "class has a second image"
             )
-        return whole.subset(sorted(order[:n_test] if split == "test" else order[n_test:]))
+        self._warn_of_small_classes(whole, ["train", "test", "val"] if self.val_fraction else ["train", "test"])
+        return whole.subset(sorted(test if split == "test" else train))
+
+    def _warn_of_small_classes(self, pictures: FolderPictures, parts: Sequence[str]) -> None:
+        """Name, once, the classes with fewer images than there are parts to share them."""
+        counts = Counter(pictures.labels)
+        small = [
+            f"{one_line(name)} ({counts[label]})"
+            for label, name in enumerate(_class_names(pictures.root))
+            if counts[label] < len(parts)
+        ]
+        if small and not self._warned:
+            self._warned = True
+            more = f", and {len(small) - 10} more" if len(small) > 10 else ""
+            warnings.warn(
+                f"classes with too few images for all parts ({', '.join(parts)}, served in this order): "
+                f"{', '.join(small[:10])}{more}",
+                stacklevel=2,
+            )
 
     def read_classes(self) -> list[str]:
         root = Path(self.root)

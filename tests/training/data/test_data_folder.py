@@ -1,4 +1,6 @@
+import itertools
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -13,6 +15,11 @@ def ready(root, stage=None, **options) -> FolderData:
     data.prepare_data()
     data.setup(stage)
     return data
+
+
+def read_all(data: FolderData) -> None:
+    for _ in itertools.chain(data.train_dataloader(), data.val_dataloader()):
+        pass
 
 
 def test_split_layout(split_folder):
@@ -36,7 +43,7 @@ def test_own_validation_folder(split_folder):
 def test_class_layout_splits_off_the_same_test_part_for_every_seed(split_folder):
     root = split_folder / "train"
     first, second = ready(root, seed=0), ready(root, seed=1)
-    assert first.describe()["sizes"] == {"train": 29, "val": 3, "test": 8}
+    assert first.describe()["sizes"] == {"train": 28, "val": 4, "test": 8}
     assert first.fingerprint("test") == second.fingerprint("test")
     assert first.fingerprint() != second.fingerprint()
     everything = torch.cat([source.images.flatten(1) for source in first._sources.values()])
@@ -71,8 +78,8 @@ def test_mixed_sizes_need_an_image_size(split_folder, save_image):
 
 
 def test_one_size_that_is_no_square(tmp_path, save_image):
-    for name in ("a/0.png", "a/1.png", "b/0.png"):
-        save_image(tmp_path / name, 0, size=(20, 10))
+    for number in range(3):
+        save_image(tmp_path / f"a/{number}.png", 0, size=(20, 10))
     with pytest.raises(DataError, match="all 20 x 10"):
         ready(tmp_path)
 
@@ -123,10 +130,6 @@ def test_each_wrong_folder_has_its_message(split_folder, damage, message):
 def test_fractions_that_leave_nothing(split_folder):
     with pytest.raises(DataError, match=r"test_fraction \(1.0\) must lie in \(0, 1\)"):
         FolderData(str(split_folder), test_fraction=1.0)
-    with pytest.raises(DataError, match=r"test_fraction .* leaves 0 to test on"):
-        ready(split_folder / "train", test_fraction=0.01)
-    with pytest.raises(DataError, match=r"val_fraction .* of 40 training images leaves 40 to train on and 0"):
-        ready(split_folder, val_fraction=0.01)
     with pytest.raises(DataError, match=r"limit_train \(37\) exceeds the 36 training images"):
         ready(split_folder, limit_train=37)
 
@@ -145,8 +148,7 @@ def test_unreadable_files_are_refused_or_left_out(split_folder, cache_bytes):
     broken.write_bytes(whole[: len(whole) // 2])
     options = {"cache_bytes": cache_bytes, "drop_last": False}
     with pytest.raises(DataError, match=r"cannot read the image .*003.png.*data.unreadable: skip"):
-        for _ in ready(split_folder, **options).train_dataloader():
-            pass
+        read_all(ready(split_folder, **options))
     with pytest.warns(UserWarning, match=r"left out 1 files that cannot be read: \S*train/cat/003.png$"):
         data = ready(split_folder, unreadable="skip", **options)
     assert data.describe()["sizes"] == {"train": 35, "val": 4, "test": 10}
@@ -171,3 +173,64 @@ def test_a_class_of_unreadable_files_alone_is_refused(split_folder):
 def test_unreadable_is_one_of_two_words(split_folder):
     with pytest.raises(DataError, match=r"unreadable \('drop'\) must be refuse or skip"):
         FolderData(str(split_folder), unreadable="drop")  # type: ignore[arg-type]
+
+
+def make_classes(root, save_image, sizes):
+    for label, size in enumerate(sizes):
+        for i in range(size):
+            save_image(root / f"c{label:02}" / f"{i}.png", 100 * label + i)
+    return root
+
+
+def counts(data, split):
+    found = Counter(data._sources[split].labels.tolist())
+    return [found[label] for label in range(data.num_classes)]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_each_class_gives_its_share(tmp_path, save_image, seed):
+    root = make_classes(tmp_path / "pets", save_image, [24] * 8 + [6] * 8 + [3, 4, 5])
+    data = ready(root, seed=seed)
+    assert counts(data, "test") == [5] * 8 + [1] * 8 + [1, 1, 1]
+    assert counts(data, "val") == [2] * 8 + [1] * 8 + [1, 1, 1]
+    assert counts(data, "train") == [17] * 8 + [4] * 8 + [1, 2, 3]
+    assert data.fingerprint() == ready(root, seed=seed, order_seed=9).fingerprint()
+    assert data.fingerprint() != ready(root, seed=seed + 1).fingerprint()
+    assert data.fingerprint("test") == ready(root, seed=seed + 1, val_fraction=0).fingerprint("test")
+    everything = torch.cat([source.images.flatten(1) for source in data._sources.values()])
+    assert len(everything.unique(dim=0)) == 8 * 24 + 8 * 6 + 12
+    most = ready(root, test_fraction=0.9, val_fraction=0.9)
+    assert min(counts(most, "train") + counts(most, "val") + counts(most, "test")) == 1
+
+
+def test_the_validation_part_of_a_training_folder_is_of_all_classes(split_folder, save_image):
+    make_classes(split_folder / "train", save_image, [2, 7, 30])
+    make_classes(split_folder / "test", save_image, [1, 1, 1])
+    data = ready(split_folder)
+    assert counts(data, "val") == [1, 1, 3, 2, 2]
+    assert counts(data, "train") == [1, 6, 27, 18, 18]
+
+
+def test_small_classes_train_first_and_are_named(tmp_path, save_image):
+    root = make_classes(tmp_path / "pets", save_image, [1, 2, 3])
+    with pytest.warns(
+        UserWarning, match=r"too few images for all parts \(train, test, val, .*\): c00 \(1\), c01 \(2\)$"
+    ) as said:
+        data = ready(root, drop_last=False)
+    assert len(said) == 1
+    assert [counts(data, split) for split in ("train", "test", "val")] == [[1, 1, 1], [0, 1, 1], [0, 0, 1]]
+    with pytest.warns(UserWarning, match=r"all parts \(train, test, .*\): c00 \(1\)$"):
+        ready(root, val_fraction=0)
+
+
+def test_classes_of_one_image_leave_nothing(tmp_path, save_image):
+    root = make_classes(tmp_path / "pets", save_image, [1, 1])
+    message = r"test_fraction .* of the 2 images in .* leaves 0 to test on: no class has a second image"
+    with pytest.raises(DataError, match=message):
+        ready(root)
+    (tmp_path / "split").mkdir()
+    shutil.copytree(root, tmp_path / "split/train")
+    shutil.copytree(root, tmp_path / "split/test")
+    message = r"val_fraction .* of 2 training images leaves 2 to train on and 0"
+    with pytest.warns(UserWarning, match=r"\(train, val, "), pytest.raises(DataError, match=message):
+        ready(tmp_path / "split")
