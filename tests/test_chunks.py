@@ -105,6 +105,7 @@ def test_the_operators_keep_torchs_rules():
         torch.library.opcheck(ops.chunked_attention_backward.default, arguments, test_utils=tests)
 
 
+@pytest.mark.slow
 def test_compiles_in_one_graph():
     torch.compiler.reset()
     inputs = [torch.randn(2, 1, n, d, requires_grad=True) for n, d in ((7, 4), (6, 4), (6, 3))]

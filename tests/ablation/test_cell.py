@@ -250,6 +250,7 @@ def test_a_full_disk_loses_nothing(planned: tuple[Store, dict[str, Any]], monkey
     assert store.attempts(key) == 2
 
 
+@pytest.mark.slow
 def test_divergence_is_an_outcome(tmp_path: Path):
     spec = read_spec(write_spec(tmp_path, set={**SMALL, "lr": 1e30}))
     store, plan = Store(tmp_path / "results"), new_plan(spec, {})

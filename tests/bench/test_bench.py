@@ -42,6 +42,7 @@ def test_block(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "vs plain" in text
 
 
+@pytest.mark.slow
 def test_scaling(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     small = ("--sizes", "8", "4x4", "8x16", "--channels", "16", "--max-bytes", "50000")
     found, text = bench(tmp_path, capsys, "scaling", *small)

@@ -211,6 +211,7 @@ def test_terminals_obey_nothing(analysis: Analysis, capsys: pytest.CaptureFixtur
     assert "[red]x[/red]" in text
 
 
+@pytest.mark.slow
 def test_the_command_prints_no_escapes(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any):
     monkeypatch.setattr("sagan_attn.ablation.report.figures.draw", lambda analysis: {})
     names = [word.replace("/", "|") for word in WORDS if word != "\ud800"]

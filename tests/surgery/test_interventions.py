@@ -176,8 +176,9 @@ def test_a_context_of_another_size(intervention):
     torch.testing.assert_close(weights, expected)
 
 
-@pytest.mark.parametrize("intervention", [uniform_attention, pytest.param(foreign_keys, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("intervention", INTERVENTIONS)
 @pytest.mark.parametrize("case", [FEW[0], *(pytest.param(case, marks=pytest.mark.slow) for case in FEW[1:])], ids=str)
+@pytest.mark.slow
 def test_compiled_models_follow(case: Case, intervention):
     model, _ = grafted(case)
     x = maps()

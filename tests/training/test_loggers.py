@@ -43,6 +43,7 @@ def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_metrics_csv_stays_beside_a_logger_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run, own = tmp_path / "run", tmp_path / "own"
     logger = ["--trainer.logger", "CSVLogger", f"--trainer.logger.save_dir={own}"]

@@ -133,6 +133,7 @@ def test_one_head_has_one_chart():
     assert len(summary_figure(signed, path, [0]).subfigs[1].axes[0].patches) == 1  # no shares: its own weight alone
 
 
+@pytest.mark.slow
 def test_files_are_the_same_each_time(tmp_path):
     for suffix, start in ((".png", b"\x89PNG"), (".svg", b"<?xml"), (".PDF", b"%PDF")):
         files = [tmp_path / f"{name}{suffix}" for name in "ab"]

@@ -349,7 +349,7 @@ class StopAt(L.Callback):
         pytest.param(
             "on_train_batch_end", 8, False, marks=pytest.mark.slow
         ),  # two batches into the second of three epochs of six
-        ("on_train_batch_end", 8, True),
+        pytest.param("on_train_batch_end", 8, True, marks=pytest.mark.slow),
         pytest.param("on_train_batch_end", 12, False, marks=pytest.mark.slow),
         pytest.param("on_validation_end", 9, False, marks=pytest.mark.slow),
         ("on_validation_end", 12, False),
