@@ -177,7 +177,7 @@ def test_a_context_of_another_size(intervention):
 
 
 @pytest.mark.parametrize("intervention", INTERVENTIONS)
-@pytest.mark.parametrize("case", [FEW[0], *(pytest.param(case, marks=pytest.mark.slow) for case in FEW[1:])], ids=str)
+@pytest.mark.parametrize("case", FEW, ids=str)
 @pytest.mark.slow
 def test_compiled_models_follow(case: Case, intervention):
     model, _ = grafted(case)
