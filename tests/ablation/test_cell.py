@@ -73,6 +73,7 @@ def test_the_plan(planned: tuple[Store, dict[str, Any]], tmp_path: Path):
     assert not {cell["key"] for cell in other["cells"]} & {cell["key"] for cell in plan["cells"]}
 
 
+@pytest.mark.slow
 def test_a_frozen_plan_is_not_changed(planned: tuple[Store, dict[str, Any]], tmp_path: Path):
     store, plan = planned
     spec = read_spec(write_spec(tmp_path))
@@ -286,6 +287,7 @@ def test_a_lack_of_memory_names_the_graft(planned: tuple[Store, dict[str, Any]],
     assert "of graft 'sagan' at 'local', on maps of 12 x 12" in failure["message"]
 
 
+@pytest.mark.slow
 def test_the_screen_chooses(tmp_path: Path):
     spec = read_spec(
         write_spec(tmp_path, screen={"seeds": 2, "epochs": [1]}, confirm={"seeds": 6, "epochs": [1, 2], "choose": 1})

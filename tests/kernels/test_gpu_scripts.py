@@ -101,6 +101,7 @@ def test_the_table_of_the_kernel(scripts, seconds: float, monkeypatch: pytest.Mo
     assert [("with_flex" in row) for row in found["cases"]] == ([True, False] if seconds else [])
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_or_takes_too_long(scripts):
     part = scripts[0].Part
     assert scripts[0].run(part("", (sys.executable, "-c", "print('a'); raise SystemExit(3)"), 9), 9)["status"] == 3

@@ -184,6 +184,7 @@ def test_an_optimizer_from_before_the_graft_takes_its_groups():
     assert gamma.any()
 
 
+@pytest.mark.slow
 def test_what_was_compiled_before_the_graft_sees_it():
     """torch does not look for new hooks, and the model itself does not show that it was compiled elsewhere."""
     torch.compiler.reset()

@@ -140,6 +140,7 @@ def test_a_run_is_not_continued_under_another_config(small_run, capsys, change, 
     assert {path: path.read_bytes() for path in small_run.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_last_is_the_last_epoch_and_best_the_best(tmp_path, monkeypatch):
     scores = iter([0.1, 0.9, 0.5, 0.4])
 

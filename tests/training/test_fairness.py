@@ -94,6 +94,7 @@ def test_one_seed_has_the_same_first_weights_order_and_augmentation(host: str, n
             assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_other_seeds_differ():
     first, second = (run(Watched, "lookup-cnn", "sagan", seed=seed) for seed in (3, 4))
     assert not torch.equal(first.first["local.conv.weight"], second.first["local.conv.weight"])

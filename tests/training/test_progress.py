@@ -54,11 +54,13 @@ class Tick(L.Callback):
         self.losses.append(outputs["loss"].item())
 
 
+@pytest.mark.slow
 def test_once_a_second_and_at_the_end(clock, updates):
     fit(SecondBar(), Tick(clock, 0.3))
     assert [batch for batch, _ in updates] == [0, 4, 7]
 
 
+@pytest.mark.slow
 def test_slow_batches_are_all_shown(clock, updates):
     fit(SecondBar(), Tick(clock, 1.5))
     assert [batch for batch, _ in updates] == list(range(8))

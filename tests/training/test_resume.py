@@ -138,6 +138,7 @@ def test_stopped_at_the_last_batch_it_is_complete(tmp_path: Path, monkeypatch: p
     assert RunPaths(tmp_path / "run").finished.is_file()
 
 
+@pytest.mark.slow
 def test_killed_after_a_checkpoint_in_mid_epoch(never_stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """kill -9 leaves what is on the disk; here the process ends at once, without a single hook."""
     folder = tmp_path / "run"

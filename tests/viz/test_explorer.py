@@ -110,6 +110,7 @@ def _four_times(view):
 
 
 @pytest.mark.skipif(path_of_browser is None, reason="no Chromium on the path")
+@pytest.mark.slow
 def test_in_a_real_browser(tmp_path: Path):
     """Hover, click, keys, touch and every control; no request, no complaint, no sideways scrolling on a phone."""
     network = nn.Sequential(model()[:2], model(1, "sagan", pool=2)[:2])
